@@ -1,0 +1,75 @@
+"""A run's folder: who may use it, and what it holds."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusion_trainer.apps.config import dump, read
+from diffusion_trainer.conventions import UserError
+
+# What may differ when a run goes on: how and how long it is computed and watched, not what is computed.
+MAY_CHANGE = ("num_images", "trainer", "strategy", "callbacks", "logger", "evaluation", "sampler", "guidance")
+MAY_CHANGE_INSIDE = ("data.num_workers", "data.shards")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder, ours alone while we live; UserError if a living process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is training in {folder}; wait for it or give this run another name=..."
+            ) from error
+        yield
+
+
+def check(folder: Path, config: Mapping[str, Any]) -> None:
+    """UserError if the folder holds another run, or something that is no run."""
+    if not folder.exists():
+        return
+    if not (folder / "config.yaml").is_file():
+        strangers = [name for name in sorted(os.listdir(folder)) if name not in (".lock", "logs")]
+        if strangers:
+            raise UserError(
+                f"{folder} is not empty and holds no run ({strangers[0]}, ...); choose another name=... or folder=..."
+            )
+        return
+    changes = differences(read(folder / "config.yaml"), config)
+    if changes:
+        shown = "\n".join(f"  {line}" for line in changes[:10]) + ("\n  ..." if len(changes) > 10 else "")
+        raise UserError(
+            f"{folder} holds another run; its configuration differs:\n{shown}\n"
+            "Give this one another name (name=...), take the changes back to resume that one, or remove the folder."
+        )
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """One line for each value that differs and may not."""
+    if path in (*MAY_CHANGE, *MAY_CHANGE_INSIDE):
+        return []
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if old == new else [f"{path}: {old} there, {new} here"]
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    part = folder / ".config.yaml.part"
+    part.write_text(f"# written by diffusion-trainer train: the resolved configuration\n{dump(config)}")
+    part.replace(folder / "config.yaml")
+
+
+def run_id(folder: Path) -> str:
+    """The run's id in Weights & Biases: made once, kept in the folder."""
+    path = folder / "run_id"
+    if not path.is_file():
+        part = folder / ".run_id.part"
+        part.write_text(os.urandom(6).hex())
+        part.replace(path)
+    return path.read_text().strip()

@@ -1,0 +1,157 @@
+"""Which process this is, and how a run's processes are started on one machine.
+
+Under srun or torchrun the processes exist already. Otherwise `spawn` starts one for each device with the variables that
+torchrun would set, all from the one resolved configuration, and none outlives the parent.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+
+GRACE_SECONDS = 20  # between asking the other ranks to stop and killing them
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as this process's environment tells."""
+
+    rank: int
+    size: int
+    nodes: int
+    slurm: bool
+
+    @property
+    def local_size(self) -> int:
+        return self.size // self.nodes
+
+    def environment(self) -> ClusterEnvironment:
+        # Lightning's own requeue saves inside the signal handler and deadlocks: a later layer does it outside.
+        return SLURMEnvironment(auto_requeue=False) if self.slurm else LightningEnvironment()
+
+
+def current() -> World | None:
+    """The world this process was started in; None when nobody has started one (then `spawn` does)."""
+    env = os.environ
+    if int(env.get("SLURM_STEP_NUM_TASKS", 0)) > 0 and "LOCAL_RANK" not in env:
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"]), True)
+    if "LOCAL_RANK" in env:
+        size = int(env.get("WORLD_SIZE", 1))
+        local_size = int(env.get("LOCAL_WORLD_SIZE", size))
+        env.setdefault("NODE_RANK", env.get("GROUP_RANK", "0"))  # torchrun's name for it
+        return World(int(env.get("RANK", env["LOCAL_RANK"])), size, max(1, size // local_size), False)
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    # Linux: a killed parent must not leave ranks behind. They get SIGTERM, save, and stop.
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+
+
+def spawn(arguments: Sequence[str], count: int, logs: Path, extra: Mapping[str, str]) -> int:
+    """Runs `count` processes `python <arguments>` as ranks of one world; returns the exit code of the run.
+
+    Rank 0 writes to this terminal, rank r to <logs>/rank-<r>.log (as does its traceback). Ctrl-C and SIGTERM go to all
+    ranks. When one fails, the others are asked to stop, then killed.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // count)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "NODE_RANK": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        **extra,
+    }
+    ranks: list[subprocess.Popen] = []
+    received: list[int] = []
+
+    def forward(number: int, frame) -> None:
+        received.append(number)
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for rank in range(count):
+            env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            log = None if rank == 0 else (logs / f"rank-{rank}.log").open("w")
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    process_group=0,  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
+                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                )
+            )
+            if log:
+                log.close()
+        return _wait(ranks, logs)
+    finally:
+        _stop(ranks)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: Sequence[subprocess.Popen], logs: Path) -> int:
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:
+            return _report(ranks, failed, logs)
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _report(ranks: Sequence[subprocess.Popen], failed: Sequence[int], logs: Path) -> int:
+    """The exit code of the failure that came first; says which rank it was unless that was a clean stop."""
+    _stop(ranks)
+    codes = [process.returncode for process in ranks]
+    code = codes[failed[0]]
+    clean = (2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+    rank = failed[0]
+    if code == 2 and rank:  # a user's mistake that only this rank could see
+        print((logs / f"rank-{rank}.log").read_text(errors="replace").strip(), file=sys.stderr)
+    if code == 2 or (code in clean and all(c in (*clean, 0) for c in codes)):
+        return code
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    print(f"rank {rank} of {len(ranks)} {how}; the others were stopped.", file=sys.stderr)
+    log = logs / f"rank-{rank}.log"
+    if rank and log.is_file():
+        print(f"The end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:]), file=sys.stderr)
+    print("The newest checkpoint stands: run the same command again to resume from it.", file=sys.stderr)
+    return 1 if code < 0 else code
+
+
+def _stop(ranks: Sequence[subprocess.Popen]) -> None:
+    end = time.monotonic() + GRACE_SECONDS
+    for process in ranks:
+        if process.poll() is None:
+            process.terminate()
+    for process in ranks:
+        try:
+            process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,157 @@
+"""One rank of a training run: `python -m diffusion_trainer.apps.rank <folder>`, as the parent starts it."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import diffusion_trainer
+from diffusion_trainer.apps import config as configuration
+from diffusion_trainer.apps import folder as folders
+from diffusion_trainer.apps import processes
+from diffusion_trainer.apps.config import build
+from diffusion_trainer.apps.parts import Parts, dtype_of
+from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.run import Run, RunCallback
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.generate import Generator
+from diffusion_trainer.streaming.datamodule import Layout
+from diffusion_trainer.training import checkpoints
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.module import DiffusionModule, Progress
+from diffusion_trainer.training.trainer import resume_counters
+
+
+def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
+    """Trains; the exit code."""
+    _quiet()
+    progress = progress_of(config)
+    trainer_settings, strategy = build(config["trainer"], "trainer"), build(config["strategy"], "strategy")
+    module = module_of(config, progress, trainer_settings.device())
+    newest = checkpoints.latest(folder / "checkpoints")
+    checkpoint = checkpoints.Checkpoint(newest) if newest else None
+    started_at = checkpoint.images_seen if checkpoint else 0
+    if started_at >= progress.num_images:
+        if world.rank == 0:
+            print(f"  already at {started_at:,} images; a larger num_images trains on", flush=True)
+        return 0
+    if world.rank == 0:
+        folders.write_config(folder, config)
+    callbacks = [build(node, f"callbacks.{name}") for name, node in config["callbacks"].items() if node is not None]
+    begin = _Begin(config, folder, module, strategy, checkpoint, callbacks)
+    trainer = trainer_settings.build(
+        strategy, world.nodes, world.local_size, world.environment(), progress.num_images // progress.batch_size,
+        [begin, *callbacks], loggers_of(config, folder, world.rank, started_at), folder,
+    )  # fmt: skip
+    resume_counters(trainer, started_at // progress.batch_size)
+    layout = Layout(progress.batch_size, world.size, world.rank, trainer_settings.accumulate_grad_batches)
+    data = build(config["data"], "data", config["allowed_targets"])
+    first, last = started_at // progress.batch_size, progress.num_images // progress.batch_size
+    trainer.fit(module, data.loader(layout, progress.seed, first, last))
+    return begin.exit_code()
+
+
+def progress_of(config: Mapping[str, Any]) -> Progress:
+    """num_images is rounded up to whole global batches."""
+    steps = -(-config["num_images"] // config["batch_size"])
+    return Progress(config["seed"], config["batch_size"], config["lanes"], steps * config["batch_size"])
+
+
+def module_of(config: Mapping[str, Any], progress: Progress, device: str) -> DiffusionModule:
+    allowed = config["allowed_targets"]
+    model = Parts.of(config, config["seed"]).model(dtype_of(config["precision"], device))
+    objective, optimizer, ema = (build(config[name], name, allowed) for name in ("objective", "optimizer", "ema"))
+    return DiffusionModule(model, objective, optimizer, ema, progress, config["condition_dropout"])
+
+
+def loggers_of(config: Mapping[str, Any], folder: Path, rank: int, started_at: int) -> list:
+    if rank:
+        return []
+    choices = [build(node, f"logger.{name}") for name, node in config["logger"].items() if node is not None]
+    run_id = folders.run_id(folder)
+    return [choice.build(folder, config["name"], run_id, config, started_at) for choice in choices]
+
+
+class _Begin(Callback):
+    """First of the callbacks: once the strategy stands, resumes the weights and gives the others their run."""
+
+    def __init__(self, config, folder, module, strategy, checkpoint, callbacks: Sequence[RunCallback]):
+        self.config, self.folder, self.module, self.strategy = config, folder, module, strategy
+        self.checkpoint, self.callbacks = checkpoint, callbacks
+        self.run: Run | None = None
+
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        config, device = self.config, module.device
+        agreement = Agreement()
+        sharding = self.strategy.sharding(module.model, trainer)
+        state: dict[str, Any] = {"run_id": folders.run_id(self.folder) if agreement.rank == 0 else None}
+        if self.checkpoint is not None:
+            checkpoints.load(self.checkpoint, sharding)
+            module.images_seen, state = self.checkpoint.images_seen, self.checkpoint.manifest["state"]
+        allowed = config["allowed_targets"]
+        evaluation = build(config["evaluation"], "evaluation", allowed)
+        data = build(config["data"], "data", allowed)
+        generator = Generator(
+            module.model.denoiser(module.objective.schedule, module.objective.prediction), module.objective.schedule,
+            build(config["sampler"], "sampler", allowed), build(config["guidance"], "guidance", allowed),
+            data.image_shape, device, evaluation.seed if evaluation else config["seed"],
+        )  # fmt: skip
+        state["provenance"] = provenance(config, str(device))
+        prepared = evaluation.prepare(device, agreement) if evaluation else None
+        self.run = Run(
+            self.folder, module, trainer, agreement, sharding, generator, prepared, module.images_seen, state
+        )
+        for callback in self.callbacks:
+            callback.run = self.run
+
+    def exit_code(self) -> int:
+        number = self.run.stop_signal if self.run else None
+        if number is None:
+            return 0
+        self.run.say(f"  stopped at {self.run.images_seen:,} images; run the same command again to go on from there")
+        return 128 + number
+
+
+def provenance(config: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """What a number measured in this run must carry besides the evaluation's own."""
+    return {
+        "sampler": config["sampler"],
+        "guidance": config["guidance"],
+        "ema": config["ema"],
+        "precision": config["precision"],
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{os.cpu_count()}-core CPU",
+        "versions": {
+            "diffusion_trainer": diffusion_trainer.__version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+        },
+    }
+
+
+def _quiet() -> None:
+    """What the libraries say to their own developers is not for the person who watches."""
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning|deepspeed|torch.jit|torchmetrics")
+    warnings.filterwarnings("ignore", message=".*torch.jit.*")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    try:
+        return work(configuration.read(folder / "config.yaml"), folder, processes.current())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Loss, learning rate and throughput, to the loggers and as a line on the screen."""
+
+from time import monotonic
+
+import torch
+
+from diffusion_trainer.callbacks.run import RunCallback, crossed
+
+
+class LogMetrics(RunCallback):
+    """Every `every_n_images`: means over the images since the last time and over the ranks."""
+
+    def __init__(self, every_n_images: int):
+        if every_n_images < 1:
+            raise ValueError(f"every_n_images must be positive, not {every_n_images}")
+        self.every_n_images = every_n_images
+
+    def start(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._since, self._aside, self._images = monotonic(), self.run.aside_seconds, self.run.images_seen
+        self._sums, self._count = torch.zeros(2), 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
+        terms = module.last_terms
+        # Summed on the device and read only when it is logged: no step waits for it.
+        means = torch.stack([terms.loss.mean(), terms.error.mean()])
+        self._sums, self._count = self._sums.to(means.device) + means, self._count + 1
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def after_step(self, previous: int) -> None:
+        run = self.run
+        if not crossed(previous, run.images_seen, self.every_n_images):
+            return
+        loss, error = run.agreement.mean((self._sums / self._count).tolist())
+        seconds = monotonic() - self._since - (run.aside_seconds - self._aside)
+        rate = (run.images_seen - self._images) / seconds
+        metrics = {
+            "train/loss": loss,
+            "train/error": error,
+            "train/learning_rate": run.module.learning_rate,
+            "train/images_per_second": rate,
+        }
+        run.log(metrics)
+        total = run.module.progress.num_images
+        left = (total - run.images_seen) / rate
+        run.say(
+            f"  {run.images_seen:>10,} of {total:,} images ({run.images_seen / total:4.0%})   loss {loss:.4f}   "
+            f"{rate:,.0f} images/s   {int(left // 60)}:{int(left % 60):02d} left"
+        )
+        self._begin()

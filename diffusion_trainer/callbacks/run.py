@@ -1,0 +1,90 @@
+"""What the callbacks of one run share."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from diffusion_trainer.evaluation.evaluation import Prepared
+from diffusion_trainer.evaluation.generate import Generator
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.module import DiffusionModule
+from diffusion_trainer.training.sharding import Sharding
+
+
+@dataclass
+class Run:
+    """One rank's view of a run: its folder, what ranks agree through, and where the weights live."""
+
+    folder: Path
+    module: DiffusionModule
+    trainer: Trainer
+    agreement: Agreement
+    sharding: Sharding
+    generator: Generator
+    evaluation: Prepared | None
+    started_at: int = 0  # images seen when this attempt began
+    state: dict[str, Any] = field(default_factory=dict)  # saved with each checkpoint
+    stop_signal: int | None = None
+    aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training
+
+    @property
+    def first(self) -> bool:
+        return self.agreement.rank == 0
+
+    @property
+    def images_seen(self) -> int:
+        return self.module.images_seen
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        if self.first:
+            print(text, flush=True)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """To every logger, at images seen. Rank 0 does it alone."""
+        if self.first:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({"images_seen": self.images_seen, **metrics}, step=self.images_seen)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        start = monotonic()
+        yield
+        self.aside_seconds += monotonic() - start
+
+
+class RunCallback(Callback):
+    """A callback that acts on a run after optimizer steps."""
+
+    run: Run  # set by the entry point before the first step
+
+    def start(self) -> None:
+        """Once, before the first step; the module may have been resumed."""
+
+    def after_step(self, previous: int) -> None:
+        """After each optimizer step; `previous` images had been seen before it."""
+
+    def finish(self) -> None:
+        """Once, after the last step of a run that was not interrupted."""
+
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        self.start()
+
+    def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, outputs, batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.after_step(module.images_seen - module.progress.batch_size)
+
+    def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        if self.run.stop_signal is None:
+            self.finish()
+
+
+def crossed(previous: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (previous, now]."""
+    return now // every > previous // every

@@ -1,0 +1,1 @@
+"""What the network is told besides x_t and t."""

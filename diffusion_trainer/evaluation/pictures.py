@@ -1,0 +1,33 @@
+"""Grids of samples as PNG files."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
+    """images: (N, C, H, W) uint8, C 1 or 3, row by row; each pixel becomes scale x scale, one pixel lies between."""
+    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    canvas = torch.full((c, rows * (h + 1) - 1, columns * (w + 1) - 1), 64, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (h + 1), i % columns * (w + 1)
+        canvas[:, y : y + h, x : x + w] = image
+    pixels = canvas.permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if c == 1 else np.ascontiguousarray(pixels))
+
+
+def scale_for(height: int) -> int:
+    """Small images are enlarged to about 32 pixels, so that a person can see them."""
+    return max(1, 32 // height)
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    picture.save(part, format="png")
+    part.replace(path)

@@ -1,0 +1,1 @@
+"""Networks: torch only, one device, no schedule, no guidance, no precision policy."""

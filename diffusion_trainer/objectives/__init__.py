@@ -1,0 +1,1 @@
+"""Training objectives: per-sample terms of the loss, never reduced here."""

@@ -1,0 +1,1 @@
+"""Training samples from WebDataset shards: which sample comes when, and how its bytes become tensors."""

@@ -1,0 +1,1 @@
+"""Training: the thin Lightning module, EMA, optimizer, sharding, checkpoints, randomness."""

@@ -1,0 +1,87 @@
+"""The Lightning module: encode, condition, objective. Everything else is a callback."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from diffusion_trainer.objectives.denoising import Denoising, LossTerms
+from diffusion_trainer.training.ema import EmaProfile, attach_ema
+from diffusion_trainer.training.model import Model
+from diffusion_trainer.training.optimizers import AdamW
+from diffusion_trainer.training.randomness import LaneDraws
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the pure functions of progress need: seed, sizes in images, and the lanes of the randomness."""
+
+    seed: int
+    batch_size: int  # images of the global batch
+    lanes: int
+    num_images: int  # of the whole run
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_pixels(x_0: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 pixels, as a file would hold them."""
+    return ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class DiffusionModule(LightningModule):
+    """Trains a Model with an objective on batches of {image, [label], first} (see streaming.datamodule)."""
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Denoising,
+        optimizer: AdamW,
+        ema: EmaProfile,
+        progress: Progress,
+        condition_dropout: float,
+    ):
+        super().__init__()
+        self.model, self.objective, self.optimizer_choice, self.ema = model, objective, optimizer, ema
+        self.progress, self.condition_dropout = progress, condition_dropout
+        self.images_seen = 0
+        self.last_terms: LossTerms | None = None  # of the last micro-batch, for callbacks
+
+    def on_before_batch_transfer(self, batch: Mapping, dataloader_idx: int) -> Mapping:
+        self.model.conditioning.check(batch)
+        return batch
+
+    def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
+        p = self.progress
+        draws = LaneDraws(p.seed, batch["first"], len(batch["image"]), p.batch_size, p.lanes, self.device)
+        condition = self.model.conditioning.read(batch)
+        dropped = draws.uniform("condition_dropout") < self.condition_dropout
+        condition = self.model.conditioning.drop(condition, dropped)
+        terms = self.objective(self.model, to_unit(batch["image"]), condition, draws)
+        self.last_terms = LossTerms(*(term.detach() for term in terms))
+        return terms.loss.mean()
+
+    def on_train_batch_start(self, batch: Mapping, batch_idx: int) -> None:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.learning_rate
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # DeepSpeed accumulates by itself and is asked to step at every micro-batch.
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.images_seen += self.progress.batch_size
+
+    @property
+    def learning_rate(self) -> float:
+        choice = self.optimizer_choice
+        return choice.lr * choice.lr_schedule(self.images_seen, self.progress.num_images)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizer_choice.build(self.model)
+        attach_ema(optimizer, lambda: self.ema.decay(self.images_seen, self.progress.batch_size))
+        return optimizer

@@ -1,0 +1,191 @@
+"""How a run is spread over processes. The only file that knows DeepSpeed.
+
+Trap numbers below are findings about Lightning 2.6 and DeepSpeed 0.19, each met by a test.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import Strategy as LightningStrategy
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.optim import Optimizer
+
+from diffusion_trainer.training.sharding import Replicated, Sharding, Slot
+
+
+class Strategy(ABC):
+    """A choice of conf/strategy. `max_processes` None is as many as there are."""
+
+    max_processes: int | None = None
+
+    @abstractmethod
+    def lightning(self, device: str) -> LightningStrategy:
+        """For `device` cpu or cuda, built in the process that trains."""
+
+    @abstractmethod
+    def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
+        """After the trainer has set the strategy up."""
+
+
+@dataclass(frozen=True)
+class Single(Strategy):
+    """One process, one device."""
+
+    max_processes = 1
+
+    def lightning(self, device: str) -> LightningStrategy:
+        return SingleDeviceStrategy(device="cpu" if device == "cpu" else "cuda:0")
+
+    def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
+        return Replicated(model, trainer.optimizers[0])
+
+
+@dataclass(frozen=True)
+class Ddp(Strategy):
+    """Every process holds everything; gradients are averaged (ZeRO's "stage 0")."""
+
+    timeout_seconds: int = 600
+
+    def lightning(self, device: str) -> LightningStrategy:
+        _default_timeout(self.timeout_seconds)
+        return DDPStrategy(process_group_backend=_backend(device), timeout=timedelta(seconds=self.timeout_seconds))
+
+    def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
+        return Replicated(model, trainer.optimizers[0])
+
+
+@dataclass(frozen=True)
+class Zero(Strategy):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020): stage 1 shards optimizer state, 2 gradients too, 3 weights too."""
+
+    stage: int
+    timeout_seconds: int = 600
+
+    def __post_init__(self):
+        if self.stage not in (1, 2, 3):
+            raise ValueError(f"stage must be 1, 2 or 3, not {self.stage} (for stage 0 use strategy=ddp)")
+
+    def lightning(self, device: str) -> LightningStrategy:
+        os.environ.setdefault("DS_ACCELERATOR", device)  # before deepspeed is imported
+        import deepspeed
+
+        # The operator is only for inference, compiles for a minute at start, and a process that dies meanwhile leaves
+        # a lock on which every later job waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _default_timeout(self.timeout_seconds)  # DeepSpeed makes groups of its own without a time-out
+        kind = _CpuDeepSpeed if device == "cpu" else _DeepSpeed
+        strategy = kind(
+            stage=self.stage,
+            process_group_backend=_backend(device),
+            timeout=timedelta(seconds=self.timeout_seconds),
+            logging_batch_size_per_gpu=1,  # only for DeepSpeed's own log; the loader has no batch_sampler to read
+            overlap_comm=device != "cpu",
+        )
+        return strategy
+
+    def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
+        kind = ZeroPartitionedWeights if self.stage == 3 else ZeroReplicatedWeights
+        return kind(model, trainer.optimizers[0], trainer.global_rank)
+
+
+def _backend(device: str) -> str:
+    return "gloo" if device == "cpu" else "nccl"
+
+
+def _default_timeout(seconds: int) -> None:
+    timeout = timedelta(seconds=seconds)
+    distributed_c10d.default_pg_timeout = timeout
+    if distributed_c10d.default_pg_nccl_timeout is not None:
+        distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+class _DeepSpeed(DeepSpeedStrategy):
+    def backward(self, closure_loss, optimizer, *args: Any, **kwargs: Any) -> None:
+        # Lightning has divided the loss by accumulate_grad_batches; DeepSpeed would once more.
+        super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+class _CpuDeepSpeed(_DeepSpeed):
+    """Lightning refuses DeepSpeed off CUDA, but gloo on CPUs runs every stage."""
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", self.local_rank)
+
+
+@dataclass(frozen=True)
+class ZeroReplicatedWeights(Sharding):
+    """Stages 1 and 2: a flat fp32 partition of each parameter group, beside the whole weights."""
+
+    model: nn.Module
+    zero: Any  # DeepSpeedZeroOptimizer
+    rank: int
+    replicated: bool = False
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.zero.optimizer
+
+    def masters(self) -> list[Tensor]:
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    def slots(self) -> Iterator[Slot]:
+        names = {p: name for name, p in self.model.named_parameters()}
+        for master, group in zip(self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True):
+            for p in group:
+                part = p._hp_mapping  # None where no element of p is in this rank's partition
+                if part is not None:
+                    here, there = part.hp_fragment_address, part.lp_fragment_address
+                    yield Slot(names[p], there.start, here.numel, master, here.start)
+
+    def publish(self) -> None:
+        self.zero.update_lp_params()
+
+
+@dataclass(frozen=True)
+class ZeroPartitionedWeights(Sharding):
+    """Stage 3: every parameter is cut into equal parts, one for each rank; the last may be padded."""
+
+    model: nn.Module
+    zero: Any  # DeepSpeedZeroOptimizer_Stage3
+    rank: int
+    replicated: bool = False
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.zero.optimizer
+
+    def masters(self) -> list[Tensor]:
+        return list(self.zero.fp32_partitioned_groups_flat)
+
+    def slots(self) -> Iterator[Slot]:
+        names = {p: name for name, p in self.model.named_parameters()}
+        for master, group in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True):
+            at = 0
+            for p in group:
+                size = p.partition_numel()
+                count = min(size, p.ds_numel - self.rank * size)
+                if count > 0:
+                    yield Slot(names[p], self.rank * size, count, master, at)
+                at += size
+
+    def publish(self) -> None:
+        # The tail of DeepSpeed's own step(): parameters that stay gathered are partitioned, rewritten, gathered again.
+        self.zero.checkpoint_event_prologue()
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        self.zero.checkpoint_event_epilogue()
