@@ -43,12 +43,15 @@ def load(verb: str, overrides: Sequence[str], schema: type[Schema], known: Mappi
     with initialize_config_dir(str(CONF), version_base="1.3", job_name=verb):
         choices = [o for o in parsed if _is_group(o.key_or_group)]
         _check_options(choices)
-        base = _compose(verb, [o.input_line for o in choices])
-        chosen = {o.key_or_group for o in choices}
-        taken = {k: v for k, v in (known or {}).items() if k not in chosen}
-        merged = OmegaConf.merge(base, taken) if not taken else _replace(base, taken)
-        _check_keys(merged, [o for o in parsed if o not in choices])
-        config = _compose(verb, list(overrides)) if not taken else _override(merged, parsed, choices)
+        config = _compose(verb, [o.input_line for o in choices])
+    chosen = {o.key_or_group for o in choices}
+    for name, node in (known or {}).items():
+        if name not in chosen:
+            OmegaConf.update(config, name, node, merge=False, force_add=True)
+    values = [o for o in parsed if o not in choices]
+    _check_keys(config, values)
+    for o in values:
+        OmegaConf.update(config, o.key_or_group, o.value(), merge=True, force_add=True)
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
@@ -68,7 +71,15 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for o in parsed:
         if o.is_sweep_override():
             raise UserError(f"{o.input_line}: several values are a sweep, which this command does not do; give one")
+        if o.is_delete():
+            raise UserError(f"{o.input_line}: nothing can be deleted; set it to null instead")
     return parsed
+
+
+def value_of(overrides: Sequence[str], key: str) -> Any:
+    """What an override sets a key to; None if none does."""
+    values = [o.value() for o in _parse(overrides) if o.key_or_group == key]
+    return values[-1] if values else None
 
 
 def _is_group(name: str) -> bool:
@@ -79,7 +90,7 @@ def _check_options(choices: Sequence[Override]) -> None:
     wrong = []
     for o in choices:
         options = sorted(p.stem for p in (CONF / o.key_or_group).glob("*.yaml"))
-        if not o.is_delete() and isinstance(o.value(), str) and o.value() not in options:
+        if isinstance(o.value(), str) and o.value() not in options:
             wrong.append(f"{o.input_line}: there is no such option{_hint(o.value(), options)}; {o.key_or_group} is one "
                          f"of {', '.join(options)}")  # fmt: skip
     if wrong:
@@ -91,19 +102,6 @@ def _compose(verb: str, overrides: list[str]):
         return compose(verb, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"configuration: {_first_line(error)}") from error
-
-
-def _replace(base, taken: Mapping[str, Any]):
-    for name, node in taken.items():
-        OmegaConf.update(base, name, node, merge=False, force_add=True)
-    return base
-
-
-def _override(config, parsed: Sequence[Override], choices: Sequence[Override]):
-    for o in parsed:
-        if o not in choices:
-            OmegaConf.update(config, o.key_or_group, o.value(), merge=True, force_add=True)
-    return config
 
 
 def _check_keys(config, overrides: Sequence[Override]) -> None:

@@ -140,7 +140,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|deepspeed|torch.jit|torchmetrics")
-    warnings.filterwarnings("ignore", message=".*torch.jit.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")  # DeepSpeed's calls
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

@@ -17,6 +17,11 @@ from diffusion_trainer.streaming.datamodule import Layout
 from diffusion_trainer.training import checkpoints
 
 
+def show(overrides: Sequence[str]) -> str:
+    """The configuration that main would run with."""
+    return configuration.dump(configuration.load("train", overrides, TrainConfig))
+
+
 def main(overrides: Sequence[str]) -> int:
     """The exit code: 0 done, 2 a mistake in the arguments, 130 or 143 stopped by a signal, 1 anything else."""
     config = configuration.load("train", overrides, TrainConfig)

@@ -100,6 +100,7 @@ class Wandb(LoggerChoice):
             name=name, project=self.project, entity=self.entity, id=run_id, resume="allow", save_dir=folder,
             offline=mode == "offline", mode=mode, config=dict(config), settings={"silent": True, "console": "off"},
         )  # fmt: skip
+        logger._wandb_init.pop("anonymous")  # Lightning passes it always, wandb warns of it always
         if rank_zero_only.rank == 0:
             logger.experiment.define_metric("images_seen")
             logger.experiment.define_metric("*", step_metric="images_seen")

@@ -1,0 +1,53 @@
+"""diffusion-trainer evaluate: metrics of a checkpoint, printed and written with their provenance."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusion_trainer.apps.config import build, dump
+from diffusion_trainer.apps.finished import FROM_THE_RUN, Finished, FinishedConfig, load, run_of
+from diffusion_trainer.callbacks.evaluating import describe
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.training.agreement import Agreement
+
+
+class EvaluateConfig(FinishedConfig):
+    evaluation: dict | None
+
+
+def _load(overrides: Sequence[str]) -> dict:
+    return load("evaluate", overrides, EvaluateConfig, (*FROM_THE_RUN, "evaluation"))
+
+
+def show(overrides: Sequence[str]) -> str:
+    return dump(_load(overrides))
+
+
+def main(overrides: Sequence[str]) -> int:
+    config = _load(overrides)
+    if config["evaluation"] is None:
+        raise UserError("this run has no evaluation; choose one: evaluation=digits")
+    evaluation = build(config["evaluation"], "evaluation", config["allowed_targets"])
+    finished = Finished.of(config, evaluation.seed)
+    prepared = evaluation.prepare(finished.device, Agreement())
+    metrics = prepared(finished.generator)
+    report = {"metrics": metrics, "provenance": prepared.provenance() | finished.provenance(config)}
+    folder = finished.checkpoint.folder
+    out = Path(config["out"] or run_of(folder) / "evaluations" / f"{folder.name}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    part.write_text(json.dumps(report, indent=2) + "\n")
+    part.replace(out)
+    sampler, guidance = config["sampler"], config["guidance"]
+    print(
+        f"{describe(metrics)}\n"
+        f"  {folder}, {config['weights']} weights, {prepared.count:,} samples against {len(evaluation.reference.samples):,} "
+        f"images, {_name(sampler['solver'])} in {sampler['num_steps']} steps, "
+        f"{_name(guidance)} {guidance.get('scale', '')}".rstrip()
+        + f", seed {evaluation.seed}\n  written with its whole provenance to {out}"
+    )
+    return 0
+
+
+def _name(node: dict) -> str:
+    return node["_target_"].rsplit(".", 1)[-1]

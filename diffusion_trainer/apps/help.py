@@ -1,0 +1,26 @@
+"""What --help prints: the configuration folder, which documents itself."""
+
+from diffusion_trainer.apps.config import CONF
+
+
+def describe(verb: str) -> str:
+    """The verb's own keys with their comments, then each group with its options."""
+    text = (CONF / f"{verb}.yaml").read_text()
+    groups = [p for p in sorted(CONF.iterdir()) if p.is_dir() and f"- {p.name}:" in text]
+    lines = [
+        f"usage: diffusion-trainer {verb} [group=option] [key=value] ...",
+        "",
+        f"keys and defaults (conf/{verb}.yaml)",
+    ]
+    lines += [f"  {line}" for line in text.splitlines()]
+    lines += ["", "groups and their options (conf/<group>/<option>.yaml has the keys: set them with group.key=value)"]
+    for group in groups:
+        for option in sorted(group.glob("*.yaml")):
+            lines.append(f"  {group.name}={option.stem:<18} {_purpose(option.read_text())}")
+    return "\n".join(lines)
+
+
+def _purpose(text: str) -> str:
+    """The first comment that is not an instruction to Hydra."""
+    comments = [line[2:] for line in text.splitlines() if line.startswith("# ") and not line.startswith("# @")]
+    return comments[0] if comments else ""
