@@ -60,8 +60,9 @@ def checkpoint_in(path: Path) -> Path:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The folder of the run that wrote a checkpoint."""
-    return checkpoint.resolve().parent.parent
+    """The folder of the run that wrote a checkpoint, as short as it can be said."""
+    run = checkpoint.resolve().parent.parent
+    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
     """Trains; the exit code."""
     _quiet()
     progress = progress_of(config)
-    trainer_settings, strategy = build(config["trainer"], "trainer"), build(config["strategy"], "strategy")
+    trainer_settings, strategy = (
+        build(config["trainer"], "trainer"),
+        build(config["strategy"], "strategy", config["allowed_targets"]),
+    )
     module = module_of(config, progress, trainer_settings.device())
     newest = checkpoints.latest(folder / "checkpoints")
     checkpoint = checkpoints.Checkpoint(newest) if newest else None
@@ -44,7 +47,11 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
         return 0
     if world.rank == 0:
         folders.write_config(folder, config)
-    callbacks = [build(node, f"callbacks.{name}") for name, node in config["callbacks"].items() if node is not None]
+    callbacks = [
+        build(node, f"callbacks.{name}", config["allowed_targets"])
+        for name, node in config["callbacks"].items()
+        if node is not None
+    ]
     begin = _Begin(config, folder, module, strategy, checkpoint, callbacks)
     trainer = trainer_settings.build(
         strategy, world.nodes, world.local_size, world.environment(), progress.num_images // progress.batch_size,
@@ -74,7 +81,11 @@ def module_of(config: Mapping[str, Any], progress: Progress, device: str) -> Dif
 def loggers_of(config: Mapping[str, Any], folder: Path, rank: int, started_at: int) -> list:
     if rank:
         return []
-    choices = [build(node, f"logger.{name}") for name, node in config["logger"].items() if node is not None]
+    choices = [
+        build(node, f"logger.{name}", config["allowed_targets"])
+        for name, node in config["logger"].items()
+        if node is not None
+    ]
     run_id = folders.run_id(folder)
     return [choice.build(folder, config["name"], run_id, config, started_at) for choice in choices]
 

@@ -1,0 +1,111 @@
+"""Real runs on real processes: every strategy computes the same numbers, and its EMA is the closed form."""
+
+import pytest
+import torch
+from conftest import SMALL, command, finish
+
+SPY = [
+    "experiment=digits", "allowed_targets=[spies]", "+callbacks.spy._target_=spies.Spy", "callbacks.evaluate=null",
+    "num_images=128", "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.lr_schedule.warmup_images=0",
+    "ema.half_life_images=64", "ema.ramp_up_ratio=0.5", *SMALL,
+]  # fmt: skip
+pytestmark = pytest.mark.slow
+
+
+def spied(folder, name, *overrides, started=0):
+    """The report of a spied run in <folder>/runs/<name>."""
+    code, output = finish(command("train", *SPY, f"name={name}", *overrides, cwd=folder))
+    assert code == 0, output
+    return torch.load(folder / "runs" / name / f"spy-{started}.pt", weights_only=True)
+
+
+def largest(a, b, what):
+    return max(float((a[what][n] - b[what][n]).abs().max()) for n in a[what])
+
+
+def bitwise(a, b):
+    return all(torch.equal(a[what][n], b[what][n]) for what in ("weights", "ema", "moments") for n in a[what])
+
+
+@pytest.fixture(scope="module")
+def folder(digits, tmp_path_factory):
+    """One folder for the runs that are compared with each other."""
+    path = tmp_path_factory.mktemp("strategies")
+    (path / "shards").mkdir()
+    (path / "shards" / "digits").symlink_to(digits)
+    return path
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    return spied(folder, "single", "strategy=single")
+
+
+def test_one_process_has_the_closed_form_and_every_sample_of_its_batches(single):
+    assert single["ema_error"] < 1e-6
+    assert [number for number, _ in single["ledger"]] == list(range(128))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_two_processes_compute_what_one_does(folder, single, strategy):
+    """Same samples, same losses, same weights; EMA equal to its closed form; a swap for evaluation changes nothing."""
+    two = spied(folder, strategy, f"strategy={strategy}", "+callbacks.spy.swap_every=3")
+    assert two["ema_error"] < 1e-6
+    assert two["ledger"] == single["ledger"]
+    assert two["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    # Adam divides by the root of the moments: where a gradient is rounding, summation order decides a step's sign.
+    assert largest(two, single, "weights") < 1e-3
+    assert largest(two, single, "ema") < 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_accumulation_and_clipping_change_nothing_but_the_order_of_sums(folder, single, strategy):
+    """(Lightning and DeepSpeed both divide the loss by the micro-batches; with clipping that shows.)"""
+    clipped = "trainer.gradient_clip_norm=0.2"
+    whole = spied(folder, "clipped", "strategy=single", clipped) if strategy == "ddp" else None
+    whole = whole or torch.load(folder / "runs" / "clipped" / "spy-0.pt", weights_only=True)
+    pieces = spied(folder, f"pieces-{strategy}", f"strategy={strategy}", clipped, "trainer.accumulate_grad_batches=2")
+    assert pieces["ledger"] == whole["ledger"]
+    assert pieces["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert whole["losses"] != pytest.approx(single["losses"], rel=1e-5)  # the clipping does something
+    assert largest(pieces, whole, "weights") < 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["single", "zero2", "zero3"])
+def test_resumed_is_uninterrupted_bitwise(folder, strategy):
+    """Stopped after half of the images and started again: weights, EMA and moments to the last bit."""
+    straight = torch.load(folder / "runs" / strategy / "spy-0.pt", weights_only=True)
+    name = f"resumed-{strategy}"
+    # The cosine of a shorter run would be another: this pair of runs has a constant rate.
+    constant = (f"strategy={strategy}", "optimizer.lr_schedule.final=1.0")
+    spied(folder, name, *constant, "num_images=64")
+    again = spied(folder, name, *constant, started=64)
+    whole = spied(folder, f"{name}-whole", *constant)
+    assert [n for n, _ in again["ledger"]] == list(range(64, 128))
+    assert again["ledger"] == whole["ledger"][64:]
+    assert again["losses"] == whole["losses"][4:]
+    assert bitwise(again, whole)
+    assert not bitwise(again, straight)
+
+
+def test_another_strategy_and_world_resume_a_checkpoint(folder, single):
+    """ZeRO-3 on two processes, then ZeRO-2 on two, then one process: the trajectory goes on."""
+    constant = "optimizer.lr_schedule.final=1.0"
+    spied(folder, "moved", "strategy=zero3", "num_images=48", constant)
+    spied(folder, "moved", "strategy=zero2", "num_images=96", constant, started=48)
+    last = spied(folder, "moved", "strategy=single", constant, started=96)
+    whole = torch.load(folder / "runs" / "resumed-single-whole" / "spy-0.pt", weights_only=True)
+    assert last["losses"] == pytest.approx(whole["losses"][6:], rel=1e-5)
+    assert last["ledger"] == whole["ledger"][96:]
+    assert largest(last, whole, "ema") < 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_evaluation_while_training_changes_no_bit_of_it(folder, strategy):
+    without = torch.load(folder / "runs" / strategy / "spy-0.pt", weights_only=True)
+    overrides = [o for o in SPY if o != "callbacks.evaluate=null"] + ["callbacks.evaluate.every_n_images=32"]
+    name = f"evaluated-{strategy}"
+    code, output = finish(command("train", *overrides, f"name={name}", f"strategy={strategy}", cwd=folder))
+    assert code == 0, output
+    assert output.count("evaluation at") == 5
+    assert bitwise(torch.load(folder / "runs" / name / "spy-0.pt", weights_only=True), without)
