@@ -1,7 +1,7 @@
 """The page to read first: names, ranges and shapes that every other file obeys.
 
 Time and process
-    t         in [0, 1], shape (B,) or scalar. **t = 0 is data, t = 1 is noise.** Step k of T of a discrete DDPM is t = k/T.
+    t         in [0, 1], (B,) or scalar. **t = 0 is data, t = 1 is noise.** Step k of T of a discrete DDPM is t = k/T.
     alpha(t), sigma(t)     x_t = alpha(t) * x_0 + sigma(t) * eps,  eps ~ N(0, I). alpha is never its square.
     log_snr   log(alpha^2 / sigma^2). DPM-Solver's lambda is half of it: we say half_log_snr.
     s         the time that follows t in sampling: s < t.

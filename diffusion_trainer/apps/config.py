@@ -215,11 +215,11 @@ def _wrong_type(path: str, error: Mapping[str, Any], value: Any) -> str:
 
 
 def target(name: str, path: str, allowed: Sequence[str] = ()) -> type:
-    """The class that `_target_` names: of this package, or of a module in `allowed_targets`. Nothing else is imported."""
+    """The class that `_target_` names, of this package or of a module in `allowed_targets`; no other is imported."""
     roots = (PACKAGE, *allowed)
     if not any(name == r or name.startswith(f"{r}.") for r in roots):
         raise UserError(
-            f"{path}._target_: {name} is outside {', '.join(roots)}; allow a module of yours by allowed_targets=[my_module]"
+            f"{path}._target_: {name} is outside {', '.join(roots)}; allow a module of yours: allowed_targets=[it]"
         )
     module, _, attribute = name.rpartition(".")
     try:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from diffusion_trainer.apps.config import build, dump
 from diffusion_trainer.apps.finished import FROM_THE_RUN, Finished, FinishedConfig, load, run_of
 from diffusion_trainer.callbacks.evaluating import describe
@@ -30,6 +32,8 @@ def main(overrides: Sequence[str]) -> int:
     evaluation = build(config["evaluation"], "evaluation", config["allowed_targets"])
     finished = Finished.of(config, evaluation.seed)
     prepared = evaluation.prepare(finished.device, Agreement())
+    if prepared.labels is not None and finished.parts.conditioning.fields:
+        finished.parts.conditioning.check({"label": torch.tensor(prepared.labels)})
     metrics = prepared(finished.generator)
     report = {"metrics": metrics, "provenance": prepared.provenance() | finished.provenance(config)}
     folder = finished.checkpoint.folder
@@ -38,10 +42,10 @@ def main(overrides: Sequence[str]) -> int:
     part = out.with_name(f".{out.name}.part")
     part.write_text(json.dumps(report, indent=2) + "\n")
     part.replace(out)
-    sampler, guidance = config["sampler"], config["guidance"]
+    sampler, guidance, real = config["sampler"], config["guidance"], len(evaluation.reference.samples)
     print(
         f"{describe(metrics)}\n"
-        f"  {folder}, {config['weights']} weights, {prepared.count:,} samples against {len(evaluation.reference.samples):,} "
+        f"  {folder}, {config['weights']} weights, {prepared.count:,} samples against {real:,} "
         f"images, {_name(sampler['solver'])} in {sampler['num_steps']} steps, "
         f"{_name(guidance)} {guidance.get('scale', '')}".rstrip()
         + f", seed {evaluation.seed}\n  written with its whole provenance to {out}"

@@ -40,10 +40,10 @@ class FinishedConfig(Schema):
 def load(verb: str, overrides: Sequence[str], schema: type[Schema], groups: Sequence[str] = FROM_THE_RUN) -> dict:
     """The verb's configuration; groups that no override chooses are those of the checkpoint's run."""
     named = configuration.value_of(overrides, "checkpoint")
-    known: dict[str, Any] = {}
-    if named is not None:
-        run = configuration.read(run_of(checkpoint_in(Path(str(named)))) / "config.yaml")
-        known = {name: run[name] for name in groups if name in run}
+    if named is None:
+        raise UserError(f"checkpoint is missing: say checkpoint=runs/<name>, as in {verb} checkpoint=runs/digits")
+    run = configuration.read(run_of(checkpoint_in(Path(str(named)))) / "config.yaml")
+    known = {name: run[name] for name in groups if name in run}
     return configuration.load(verb, overrides, schema, known)
 
 
@@ -90,6 +90,7 @@ class Finished:
             model.denoiser(parts.schedule, parts.prediction), parts.schedule,
             build(config["sampler"], "sampler", allowed), build(config["guidance"], "guidance", allowed),
             build(config["data"], "data", allowed).image_shape, device, seed,
+            bool(parts.conditioning.fields),
         )  # fmt: skip
         return cls(checkpoint, generator, parts, device)
 

@@ -45,8 +45,6 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
         if world.rank == 0:
             print(f"  already at {started_at:,} images; a larger num_images trains on", flush=True)
         return 0
-    if world.rank == 0:
-        folders.write_config(folder, config)
     callbacks = [
         build(node, f"callbacks.{name}", config["allowed_targets"])
         for name, node in config["callbacks"].items()
@@ -113,6 +111,7 @@ class _Begin(Callback):
             module.model.denoiser(module.objective.schedule, module.objective.prediction), module.objective.schedule,
             build(config["sampler"], "sampler", allowed), build(config["guidance"], "guidance", allowed),
             data.image_shape, device, evaluation.seed if evaluation else config["seed"],
+            bool(module.model.conditioning.fields),
         )  # fmt: skip
         state["provenance"] = provenance(config, str(device))
         prepared = evaluation.prepare(device, agreement) if evaluation else None

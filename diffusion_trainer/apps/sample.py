@@ -40,9 +40,8 @@ def main(overrides: Sequence[str]) -> int:
     images = torch.cat([to_pixels(x_0).cpu() for x_0, _ in batches])
     out = out_of(config, finished)
     write(out, images, conditions, finished.provenance(config))
-    print(
-        f"{config['n']} samples in {time.monotonic() - start:.1f} s: {out}.png and {out}.npz (images, label, provenance)"
-    )
+    seconds = time.monotonic() - start
+    print(f"{config['n']} samples in {seconds:.1f} s: {out}.png and {out}.npz (images, label, provenance)")
     return 0
 
 

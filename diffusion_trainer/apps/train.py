@@ -1,8 +1,8 @@
 """diffusion-trainer train: checks everything, starts the ranks, says what came of it."""
 
 import json
-import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps import processes
 from diffusion_trainer.apps.config import build
-from diffusion_trainer.apps.parts import TrainConfig, check_network, parameter_shapes
+from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, parameter_shapes
+from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.evaluation import Evaluation
 from diffusion_trainer.evaluation.features import TorchScriptFeatures
-from diffusion_trainer.streaming.datamodule import Layout
+from diffusion_trainer.streaming.datamodule import Layout, ShardData
 from diffusion_trainer.training import checkpoints
+
+LABELS_CHECKED = 10_000  # before the start; every batch is checked again
 
 
 def show(overrides: Sequence[str]) -> str:
@@ -30,17 +34,20 @@ def main(overrides: Sequence[str]) -> int:
     strategy, trainer = build(config["strategy"], "strategy"), build(config["trainer"], "trainer")
     count = world.local_size if world else trainer.local_processes(strategy)
     size = world.size if world else count
-    if world is None or world.rank == 0:
+    first = world is None or world.rank == 0
+    if first:
         preflight(config, size, folder)
-    if world is not None:
-        from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
+    with folders.held(folder) if first else nullcontext():
+        if first:
+            folders.write_config(folder, config)
+            announce(config, size, trainer.device(), folder)
+        if world is None:
+            code = processes.spawn(["-m", "diffusion_trainer.apps.rank", str(folder)], count, folder / "logs", {})
+        else:
+            from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
 
-        return work(config, folder, world)
-    with folders.held(folder):
-        folders.write_config(folder, config)
-        announce(config, count, trainer.device(), folder)
-        code = processes.spawn(["-m", "diffusion_trainer.apps.rank", str(folder)], count, folder / "logs", {})
-    if code == 0:
+            code = work(config, folder, world)
+    if code == 0 and first:
         summarize(config, folder)
     return code
 
@@ -53,15 +60,34 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> None:
         build(config[group], group, allowed)
     folders.check(folder, config)
     data = build(config["data"], "data", allowed)
+    check_data(config, data)
     check_network(config, data.image_shape)
-    data.decode(0)
     evaluation = build(config["evaluation"], "evaluation", allowed)
     if evaluation is not None:
-        evaluation.reference.decode(0)
-        TorchScriptFeatures(evaluation.features, evaluation.reference.image_shape, "cpu")
+        check_evaluation(config, data, evaluation)
     newest = checkpoints.latest(folder / "checkpoints")
     if newest is not None:
         checkpoints.Checkpoint(newest).check_architecture(parameter_shapes(config))
+
+
+def check_data(config: dict[str, Any], data: ShardData) -> None:
+    """The first samples decode, and have what the conditioning reads; UserError otherwise."""
+    conditioning = Parts.of(config).conditioning
+    missing = [name for name in conditioning.fields if name not in data.fields]
+    if missing:
+        raise UserError(f"the conditioning reads {missing[0]}, which data.label=null leaves out; use conditioning=none")
+    data.decode(0)
+    if "label" in conditioning.fields:
+        conditioning.check({"label": data.labels(LABELS_CHECKED)})
+
+
+def check_evaluation(config: dict[str, Any], data: ShardData, evaluation: Evaluation) -> None:
+    """The reference is like the data and the feature network takes it; UserError otherwise."""
+    reference = evaluation.reference
+    if reference.image_shape != data.image_shape:
+        raise UserError(f"evaluation.reference has images {reference.image_shape}, data has {data.image_shape}")
+    check_data({**config, "data": config["evaluation"]["reference"]}, reference)
+    TorchScriptFeatures(evaluation.features, reference.image_shape, "cpu")
 
 
 def sizes(config: dict[str, Any], world: int) -> None:
@@ -82,33 +108,25 @@ def sizes(config: dict[str, Any], world: int) -> None:
 def announce(config: dict[str, Any], count: int, device: str, folder: Path) -> None:
     newest = checkpoints.latest(folder / "checkpoints")
     at = f", resuming from {newest.name}" if newest else ""
-    shapes = parameter_shapes(config)
-    million = sum(s.numel() for s in shapes.values()) / 1e6
-    strategy = config["strategy"].get("stage")
-    how = f"ZeRO-{strategy}" if strategy else config["strategy"]["_target_"].rsplit(".", 1)[-1]
-    print(
-        f"run {config['name']} in {folder}: {million:.2f} M parameters, {how} on {count} {device} processes{at}",
-        flush=True,
-    )
+    million = sum(s.numel() for s in parameter_shapes(config).values()) / 1e6
+    stage = config["strategy"].get("stage")
+    how = f"ZeRO-{stage}" if stage else config["strategy"]["_target_"].rsplit(".", 1)[-1]
+    many = f"{count} {device} process{'es' if count > 1 else ''}"
+    print(f"run {config['name']} in {folder}: {million:.2f} M parameters, {how} on {many}{at}", flush=True)
 
 
 def summarize(config: dict[str, Any], folder: Path) -> None:
     """What was made, where it is, how good it is, what to try next."""
     newest = checkpoints.latest(folder / "checkpoints")
-    try:
-        report = json.loads((folder / "metrics.json").read_text())
-    except FileNotFoundError:
-        report = None
-    from diffusion_trainer.callbacks.evaluating import describe
-
-    quality = describe(report["metrics"]) if report else f"not measured: diffusion-trainer evaluate checkpoint={folder}"
-    first = report["history"][0] if report else {}
+    path = folder / "metrics.json"
+    report = json.loads(path.read_text()) if path.is_file() else {"metrics": {}, "history": [{}]}
+    quality, start = describe(report["metrics"]), report["history"][0]
+    if start.get("images_seen") == 0 and "fid" in start:
+        quality += f" (FID at the start: {start['fid']:.1f})"
     print(
         f"""
 done: {config["name"]}, a diffusion model after {config["num_images"]:,} images
-  quality     {quality}"""
-        + (f" (FID at the start: {first['fid']:.1f})" if first.get("images_seen") == 0 else "")
-        + f"""
+  quality     {quality or f"not measured: choose an evaluation=..., or diffusion-trainer evaluate checkpoint={folder}"}
   pictures    {folder}/samples.png (each evaluation's in {folder}/samples/)
   checkpoint  {newest}
   metrics     {folder}/metrics.json with their provenance, {folder}/metrics.csv, W&B in {folder}/wandb
@@ -116,6 +134,5 @@ done: {config["name"]}, a diffusion model after {config["num_images"]:,} images
 try next
   diffusion-trainer sample checkpoint={folder} label=7 n=64 guidance.scale=2
   diffusion-trainer evaluate checkpoint={folder} sampler.num_steps=50
-  diffusion-trainer train --help""",
-        file=sys.stdout,
+  diffusion-trainer train --help"""
     )

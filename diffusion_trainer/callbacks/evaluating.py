@@ -48,7 +48,8 @@ class Evaluating(RunCallback):
         record = {"images_seen": run.images_seen, "weights": KEY if averaged else "initial", **metrics}
         self.history.append(record)
         run.log({f"eval/{name}": value for name, value in metrics.items()})
-        run.say(f"  evaluation at {run.images_seen:,} images: {describe(metrics)}   ({monotonic() - start:.0f} s)")
+        what = f"evaluation at {run.images_seen:,} images: {describe(metrics)}" if metrics else "pictures"
+        run.say(f"  {what}   ({monotonic() - start:.0f} s)")
         if run.first:
             pictures.save(picture, run.folder / "samples" / f"images-{run.images_seen:012d}.png")
             pictures.save(picture, run.folder / "samples.png")

@@ -87,7 +87,7 @@ class Prepared:
         """
         for distance in self.distances.values():
             distance.reset()
-        conditions, right = self.conditions(), 0
+        conditions, right = self.conditions() if generator.conditional else None, 0
         work = generator.batches(
             conditions, self.count, self.evaluation.batch_size, self.agreement.rank, self.agreement.world
         )

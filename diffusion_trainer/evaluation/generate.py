@@ -23,7 +23,8 @@ class Generator:
     guidance: Guidance
     shape: tuple[int, ...]  # of one sample
     device: torch.device
-    seed: int = 0
+    seed: int
+    conditional: bool  # whether the model reads a condition
 
     def draw(self, samples: list[int], condition: Tensor | None) -> Tensor:
         """x_0 (len(samples), *shape) of these numbers; condition: (len(samples), ...), theirs, or None."""

@@ -23,7 +23,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions; scale and shift of the second norm come from the embedding (Dhariwal and Nichol 2021, 3)."""
+    """Two 3x3 convolutions; the embedding scales and shifts the second norm (Dhariwal and Nichol 2021, section 3)."""
 
     def __init__(self, into: int, out: int, dim: int, groups: int, dropout: float):
         super().__init__()
@@ -135,6 +135,7 @@ class UNet(nn.Module):
             raise ValueError(f"images of {height}x{width} do not halve {self.downs} times (channel_multipliers)")
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None) -> Tensor:
+        self.check_size(*x.shape[2:])
         embedding = self.noise(c_noise)  # (B, dim)
         if self.condition is not None:
             embedding = embedding + self.condition(condition)

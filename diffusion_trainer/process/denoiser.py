@@ -20,7 +20,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def null(self, condition: Tensor | None) -> Tensor | None:
-        """The condition that says nothing, in the shape of `condition`: what classifier-free guidance steps away from."""
+        """The condition that says nothing, in the shape of `condition`: what guidance steps away from."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffusion_trainer.process.variances import FixedSmall, ReverseVariance, transition_variance
+from diffusion_trainer.process.variances import ReverseVariance, transition_variance
 from diffusion_trainer.sampling.solvers import Solver
 
 
@@ -11,7 +11,7 @@ from diffusion_trainer.sampling.solvers import Solver
 class Ancestral(Solver):
     """x_s ~ N(mean of q(x_s | x_t, x_0_hat), v)  (eq. 7 and algorithm 2; the last step adds no noise)."""
 
-    variance: ReverseVariance = FixedSmall()
+    variance: ReverseVariance
     order: ClassVar[int] = 1
 
     def step(self, denoise, schedule, x, t, s, state, noise):

@@ -45,9 +45,10 @@ class _ClassifierFreeDenoiser(Denoiser):
     scale: float
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        if condition is None:
-            return self.inner(x_t, t, None)
-        both = torch.cat([condition, self.null(condition)])  # one call of twice the batch, not two
+        null = None if condition is None else self.null(condition)
+        if null is None:  # nothing to guide by: both estimates are the same
+            return self.inner(x_t, t, condition)
+        both = torch.cat([condition, null])  # one call of twice the batch, not two
         with_condition, without = self.inner(x_t.repeat(2, *[1] * (x_t.dim() - 1)), t.repeat(2), both).chunk(2)
         return without + self.scale * (with_condition - without)
 

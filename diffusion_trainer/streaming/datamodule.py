@@ -72,21 +72,39 @@ class ShardData:
         labels = {"label": (self.label,)} if self.label else {}
         return Shards(find(self.shards), {"image": decoding.IMAGES} | labels)
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Of a batch."""
+        return ("image", "label") if self.label else ("image",)
+
+    def labels(self, count: int) -> Tensor:
+        """(at most count,) int64, of the first samples, without decoding their images."""
+        found = [self._label(i, self.samples.read(i)["label"]) for i in range(min(count, len(self.samples)))]
+        return torch.from_numpy(np.stack(found))
+
     def decode(self, i: int) -> dict[str, np.ndarray]:
         """Sample i of the set; UserError names the shard if it cannot be decoded or has another size."""
         data = self.samples.read(i)
         try:
             fields = {"image": decoding.image(data["image"], self.channels)}
-            if self.label:
-                fields["label"] = decoding.LABELS[self.label](data["label"])
         except (OSError, ValueError) as error:
             raise UserError(f"{self.samples.where(i)}: cannot be decoded ({error}); write the shard again") from error
+        if self.label:
+            fields["label"] = self._label(i, data["label"])
         if fields["image"].shape != self.image_shape:
             raise UserError(
                 f"{self.samples.where(i)}: image of {fields['image'].shape[1:]} pixels, the configuration says "
                 f"data.height={self.height} data.width={self.width}"
             )
         return fields
+
+    def _label(self, i: int, data: bytes) -> np.ndarray:
+        try:
+            return decoding.LABELS[self.label](data)
+        except ValueError as error:
+            raise UserError(
+                f"{self.samples.where(i)}: label cannot be decoded ({error}); write the shard again"
+            ) from error
 
     def loader(self, layout: Layout, seed: int, first_step: int, last_step: int) -> DataLoader:
         """This rank's pieces of global batches first_step..last_step-1, in order."""

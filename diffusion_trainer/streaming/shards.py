@@ -15,7 +15,7 @@ from diffusion_trainer.conventions import UserError
 
 
 def find(patterns: str | Sequence[str]) -> list[Path]:
-    """The shard files that local paths, globs (*) and braces ({000..007}) name, in order; UserError if there is none."""
+    """The shard files that local paths, globs (*) and braces ({000..007}) name; UserError if there is none."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     paths = []
     for pattern in patterns:
@@ -26,7 +26,7 @@ def find(patterns: str | Sequence[str]) -> list[Path]:
             if not found:
                 raise UserError(
                     f"data.shards: no file matches {name} (looked in {Path(name).absolute().parent}). "
-                    "Write the shards first (for the digits: python data/digits.py) or say where they are: data.shards=..."
+                    "Write them first (for the digits: python data/digits.py) or say where they are: data.shards=..."
                 )
             paths += [Path(p) for p in found]
     return paths

@@ -1,7 +1,7 @@
 """Randomness of training as a function of (seed, stream, step, lane), never of the rank.
 
-A lane is a fixed part of the global batch. Whoever computes a lane draws the same numbers for it, so the loss curve does
-not depend on how many processes compute it, and a resumed run needs no generator's state.
+A lane is a fixed part of the global batch. Whoever computes a lane draws the same numbers for it, so the loss curve
+does not depend on how many processes compute it, and a resumed run needs no generator's state.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,217 @@
+"""Mistakes get one readable message with the fix, exit code 2, no traceback, and nothing is lost."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import SMALL
+
+from diffusion_trainer.apps import cli as console
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.writer import write_shards
+
+DIGITS = ["train", "experiment=digits", *SMALL]
+
+
+@pytest.fixture
+def refused(workplace, monkeypatch):
+    """refused(*arguments) -> the message of the UserError; no run folder may have appeared."""
+    monkeypatch.chdir(workplace)
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(UserError) as error:
+            console.run(list(arguments))
+        return str(error.value)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "say"),
+    [
+        ("optimizer.lrr=1", "did you mean optimizer.lr?"),
+        ("num_image=5", "did you mean num_images?"),
+        ("trainer.max_stepz=3", "no option trainer.max_stepz"),
+        ("++trainer.max_stepz=3", "trainer.max_stepz: there is no such option"),
+        ("+sede=3", "did you mean seed?"),
+        ("schedule=cosin", "did you mean cosine?"),
+        ("strategy=zero4", "one of ddp, single, zero1, zero2, zero3"),
+        ("sampler.num_step=3", "did you mean sampler.num_steps?"),
+        ("num_steps=3", "did you mean sampler.num_steps?"),
+        ("num_images=many", "num_images=many: input should be a valid integer"),
+        ("optimizer.lr=fast", "optimizer.lr=fast: input should be a valid number"),
+        ("network.channel_multipliers=2", "network.channel_multipliers=2: input should be"),
+        ("precision=fp64", "precision=fp64: input should be 'auto', 'fp32' or 'bf16'"),
+        ("optimizer.lr=-1", "optimizer: lr and eps must be positive"),
+        ("sampler.solver.eta=2", "sampler.solver: eta must lie in [0, 1], not 2"),
+        ("schedule.t_max=2", "schedule: 0 < t_min < t_max < 1"),
+        ("network.groups=7", "network: every level's channels"),
+        ("network.channel_multipliers=[1,1,1,1,1]", "do not halve"),
+        ("conditioning.num_classes=5", "is out of range: the model has 5 classes"),
+        ("data.label=null", "the conditioning reads label"),
+        ("data.channels=3", "evaluation.reference has images (1, 8, 8), data has (3, 8, 8)"),
+        ("data.height=9", "image of (8, 8) pixels, the configuration says data.height=9"),
+        ("batch_size=15", "batch_size=15 does not divide over 2 processes"),
+        ("lanes=3", "lanes=3 must divide batch_size=16"),
+        ("batch_size=0", "batch_size must be positive"),
+        ("trainer.processes=3", "batch_size=16 does not divide over 3 processes"),
+        ("trainer.accelerator=cuda", "no CUDA device"),
+        ("data.shards=nowhere/*.tar", "no file matches nowhere/*.tar"),
+        ("evaluation.features=none.pt", "evaluation.features: none.pt is not a TorchScript file"),
+        ("evaluation.features=shards/digits/digits.json", "is not a TorchScript file"),
+        ("condition_dropout=1.5", "condition_dropout must lie in [0, 1]"),
+        ("optimizer.lr=1,2", "several values are a sweep"),
+        ("~optimizer", "nothing can be deleted"),
+        ("schedule._target_=os.system", "schedule._target_: os.system is outside diffusion_trainer"),
+        ("schedule._target_=diffusion_trainer.apps.processes.subprocess.Popen", "there is no"),
+        ("schedule._target_=diffusion_trainer.streaming.shards.Path", "is not a class of diffusion_trainer"),
+        ("lr", "cannot read the arguments"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_explained(refused, workplace, override, say):
+    if override == "trainer.accelerator=cuda":
+        pytest.importorskip("torch")
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+    message = refused(*DIGITS, override)
+    assert say in message
+    assert "Traceback" not in message
+    assert not (workplace / "runs").exists()
+
+
+def test_all_mistakes_are_reported_at_once(refused):
+    message = refused(*DIGITS, "++trainer.max_stepz=3", "num_images=many", "++ema.half=1", "optimizer.lr=fast")
+    for part in ("trainer.max_stepz", "num_images=many", "ema.half", "optimizer.lr=fast"):
+        assert part in message
+
+
+def test_a_missing_value_is_asked_for(refused):
+    assert "data.shards is missing: say data.shards=..." in refused("train")
+
+
+def test_verbs_and_flags_are_explained(refused):
+    assert "the verbs are train, sample, evaluate" in refused("trian")
+    assert "there is no such flag" in refused("train", "--multirun")
+
+
+def test_shards_without_labels_and_empty_ones_are_named(refused, workplace, digits):
+    write_shards([{"__key__": "a", "png": b"x"}], workplace / "bad", "x", 10)
+    assert "sample a has no label" in refused(*DIGITS, "data.shards=bad/x-*.tar")
+    (workplace / "bad" / "x-000000.tar").write_bytes(b"\0" * 10240)
+    assert "x-000000.tar is empty" in refused(*DIGITS, "data.shards=bad/x-*.tar")
+
+
+def test_a_folder_of_strangers_is_left_alone(refused, workplace):
+    (workplace / "runs" / "digits").mkdir(parents=True)
+    (workplace / "runs" / "digits" / "thesis.tex").write_text("mine")
+    assert "holds no run (thesis.tex" in refused(*DIGITS)
+    assert (workplace / "runs" / "digits" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_mistake_exits_with_2_and_no_traceback(cli):
+    code, output = cli(*DIGITS, "optimizer.lrr=1")
+    assert code == 2
+    assert output == "error: optimizer.lrr=1: there is no option optimizer.lrr; did you mean optimizer.lr?\n"
+
+
+# ---- after a run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """A folder with a finished run of one process, runs/digits."""
+    from conftest import command, finish
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "shards").mkdir()
+    (folder / "shards" / "digits").symlink_to(digits)
+    code, output = finish(command(*DIGITS, "strategy=single", "num_images=32", cwd=folder))
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def after(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(UserError) as error:
+            console.run(list(arguments))
+        return str(error.value)
+
+    return run
+
+
+@pytest.mark.slow
+def test_another_run_in_the_same_folder_is_shown_as_a_difference(after):
+    message = after(*DIGITS, "strategy=single", "optimizer.lr=0.5", "network.base_channels=32")
+    assert "runs/digits holds another run" in message
+    assert "optimizer.lr: 0.002 there, 0.5 here" in message
+    assert "network.base_channels: 16 there, 32 here" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "say"),
+    [
+        (["sample", "checkpoint=runs/digits", "label=10"], "label 10 is out of range: the model has 10 classes"),
+        (["sample", "checkpoint=runs/digits", "label=-1"], "label -1 is out of range"),
+        (["sample", "checkpoint=runs/digits", "n=0"], "must be positive"),
+        (["sample", "checkpoint=runs/digits", "guidance.scal=2"], "did you mean guidance.scale?"),
+        (["sample", "checkpoint=runs/digits", "label=seven"], "label=seven: input should be a valid integer"),
+        (["sample", "checkpoint=runs/digits", "network.base_channels=32"], "is of another architecture"),
+        (["sample"], "checkpoint is missing: say checkpoint=runs/<name>"),
+        (["sample", "checkpoint=runs/none"], "there is no checkpoint"),
+        (["evaluate", "checkpoint=runs/digits", "evaluation.features=no.pt"], "is not a TorchScript file"),
+        (["evaluate", "checkpoint=runs/digits", "evaluation=none"], "this run has no evaluation"),
+    ],
+)
+def test_a_mistake_with_a_checkpoint_is_explained(after, arguments, say):
+    assert say in after(*arguments)
+
+
+def _damage_shorten(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _damage_header(file):
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+
+
+def _damage_remove(file):
+    file.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [_damage_shorten, _damage_header, _damage_remove])
+def test_a_damaged_checkpoint_is_named(after, trained, tmp_path, damage):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    (file,) = (tmp_path / "runs" / "digits" / "checkpoints").glob("images-*/rank-00000.safetensors")
+    damage(file)
+    message = after("sample", f"checkpoint={tmp_path}/runs/digits")
+    assert "rank-00000.safetensors" in message
+    assert "damaged" in message or "not a whole checkpoint" in message
+
+
+@pytest.mark.slow
+def test_a_hostile_configuration_beside_a_checkpoint_runs_nothing(after, trained, tmp_path):
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    config = tmp_path / "runs" / "digits" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("diffusion_trainer.process.schedules.Cosine", "os.system"))
+    assert "os.system is outside diffusion_trainer" in after("sample", f"checkpoint={tmp_path}/runs/digits")
+    config.write_text(f"!!python/object/apply:os.system ['touch {tmp_path}/hacked']")
+    assert "cannot be read" in after("sample", f"checkpoint={tmp_path}/runs/digits")
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.slow
+def test_metrics_carry_their_provenance(trained):
+    report = json.loads((trained / "runs" / "digits" / "metrics.json").read_text())
+    assert set(report["metrics"]) == {"fid", "pixel_fd", "accuracy"}
+    for key in ("weights", "num_samples", "seed", "reference", "features", "sampler", "guidance", "ema", "versions"):
+        assert key in report["provenance"], key
+    assert sys.version_info >= (3, 11)
