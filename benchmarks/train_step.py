@@ -144,7 +144,7 @@ def forward_flops(config: Mapping[str, Any]) -> float:
 
 def measure(config: Mapping[str, Any], world: processes.World, steps: int, warmup: int) -> dict[str, Any]:
     """The report. All ranks must call it."""
-    rank._quiet()
+    rank.quiet()
     progress, allowed = rank.progress_of(config), config["allowed_targets"]
     settings, strategy = (build(config[name], name, allowed) for name in ("trainer", "strategy"))
     module = rank.module_of(config, progress, settings.device())

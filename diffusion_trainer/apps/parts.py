@@ -47,7 +47,8 @@ class TrainConfig(Schema):
 
 
 def dtype_of(precision: str, device: str) -> torch.dtype:
-    """auto is bf16 on GPUs that compute in it, fp32 elsewhere."""
+    """auto is bf16 on GPUs that compute in it, fp32 elsewhere. fp32 means it: TF32, cuDNN's default, is switched off."""
+    torch.backends.cudnn.allow_tf32 = False
     bf16 = precision == "bf16" or (precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
     return torch.bfloat16 if bf16 else torch.float32
 
@@ -88,7 +89,7 @@ def check_network(config: Mapping[str, Any], image_shape: tuple[int, int, int]) 
         try:
             x = torch.zeros(2, *image_shape)
             labels = torch.zeros(2, dtype=torch.int64) if parts.conditioning.fields else None
-            out = parts.network(x, torch.zeros(2), parts.conditioning(labels))
+            out = parts.model(torch.float32)(x, torch.zeros(2), labels)
         except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(
                 f"network: it does not take images of {'x'.join(map(str, image_shape))} with a condition of "

@@ -140,7 +140,6 @@ def _report(ranks: Sequence[subprocess.Popen], failed: Sequence[int], logs: Path
     log = logs / f"rank-{rank}.log"
     if rank and log.is_file():
         print(f"The end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:]), file=sys.stderr)
-    print("The newest checkpoint stands: run the same command again to resume from it.", file=sys.stderr)
     return 1 if code < 0 else code
 
 

@@ -31,7 +31,7 @@ from diffusion_trainer.training.trainer import resume_counters
 
 def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
     """Trains; the exit code."""
-    _quiet()
+    quiet()
     progress = progress_of(config)
     trainer_settings, strategy = (
         build(config["trainer"], "trainer"),
@@ -145,12 +145,14 @@ def provenance(config: Mapping[str, Any], device: str) -> dict[str, Any]:
     }
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """What the libraries say to their own developers is not for the person who watches."""
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|deepspeed|torch.jit|torchmetrics")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")  # DeepSpeed's calls
+    # DDP's buckets are contiguous, gradients of 1x1 convolutions channels-last: a copy of some kilobytes.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

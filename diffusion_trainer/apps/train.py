@@ -1,6 +1,7 @@
 """diffusion-trainer train: checks everything, starts the ranks, says what came of it."""
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -49,6 +50,8 @@ def main(overrides: Sequence[str]) -> int:
             code = work(config, folder, world)
     if code == 0 and first:
         summarize(config, folder)
+    if code == 1 and first and checkpoints.latest(folder / "checkpoints"):
+        print("The newest checkpoint stands: run the same command again to resume from it.", file=sys.stderr)
     return code
 
 
@@ -123,16 +126,19 @@ def summarize(config: dict[str, Any], folder: Path) -> None:
     quality, start = describe(report["metrics"]), report["history"][0]
     if start.get("images_seen") == 0 and "fid" in start:
         quality += f" (FID at the start: {start['fid']:.1f})"
-    print(
-        f"""
-done: {config["name"]}, a diffusion model after {config["num_images"]:,} images
-  quality     {quality or f"not measured: choose an evaluation=..., or diffusion-trainer evaluate checkpoint={folder}"}
-  pictures    {folder}/samples.png (each evaluation's in {folder}/samples/)
-  checkpoint  {newest}
-  metrics     {folder}/metrics.json with their provenance, {folder}/metrics.csv, W&B in {folder}/wandb
-  config      {folder}/config.yaml; the same command resumes or, with a larger num_images, goes on
-try next
-  diffusion-trainer sample checkpoint={folder} label=7 n=64 guidance.scale=2
-  diffusion-trainer evaluate checkpoint={folder} sampler.num_steps=50
-  diffusion-trainer train --help"""
-    )
+    logs = [name for name in ("metrics.csv", "wandb") if (folder / name).exists()]
+    numbers = [f"{path} with their provenance"] if path.is_file() else []
+    pictures = folder / "samples.png"
+    lines = [
+        f"done: {config['name']}, a diffusion model after {config['num_images']:,} images",
+        f"  quality     {quality or f'not measured: diffusion-trainer evaluate checkpoint={folder} evaluation=...'}",
+        f"  pictures    {pictures} (each evaluation's in {folder}/samples/)" if pictures.is_file() else "",
+        f"  checkpoint  {newest}",
+        f"  numbers     {', '.join(numbers + [f'{folder}/{name}' for name in logs])}",
+        f"  config      {folder}/config.yaml; the same command resumes or, with a larger num_images, goes on",
+        "try next",
+        f"  diffusion-trainer sample checkpoint={folder} n=64 sampler=ddim guidance.scale=2",
+        f"  diffusion-trainer evaluate checkpoint={folder} sampler.num_steps=50" if path.is_file() else "",
+        "  diffusion-trainer train --help",
+    ]
+    print("\n" + "\n".join(line for line in lines if line))

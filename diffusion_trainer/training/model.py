@@ -1,5 +1,7 @@
 """What is trained: a network with its conditioning, under the precision of its forward pass."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,8 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None) -> Tensor:
         """x: (B, ...); c_noise: (B,); condition: as read by the conditioning -> (B, ...) float32."""
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        exact = self.dtype == torch.float32
+        with nullcontext() if exact else torch.autocast(x.device.type, self.dtype):
             return self.network(x, c_noise, self.conditioning(condition)).float()
 
     def denoiser(self, schedule: Schedule, prediction: Prediction) -> NetworkDenoiser:

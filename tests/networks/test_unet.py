@@ -5,7 +5,7 @@ import torch
 from options import composed
 from torch.testing import assert_close
 
-from diffusion_trainer.networks.unet import Attention, UNet
+from diffusion_trainer.networks.unet import Attention, ResidualBlock, UNet
 
 SMALL = {
     "channels": 3, "condition_dim": 4, "base_channels": 8, "channel_multipliers": (1, 2), "blocks_per_level": 1,
@@ -94,6 +94,16 @@ def test_attention_treats_all_places_alike_and_joins_them():
     other = x.clone()
     other[:, :, 3, 3] += 1
     assert (attention(other) - attention(x)).abs().amax(1).min() > 1e-5
+
+
+def test_modulation_of_zero_leaves_a_residual_block_as_it_is():
+    torch.manual_seed(0)
+    block = ResidualBlock(into=8, out=8, dim=4, groups=4, dropout=0.0)
+    torch.nn.init.zeros_(block.modulation.bias)
+    x = torch.randn(2, 8, 4, 4)
+    silu = torch.nn.functional.silu
+    expected = x + block.conv_2(silu(block.norm_2(block.conv_1(silu(block.norm_1(x))))))
+    assert_close(block(x, torch.zeros(2, 4)), expected)
 
 
 def test_heads_of_attention_do_not_mix_before_the_last_projection():

@@ -75,9 +75,14 @@ def test_equation_6_of_ho_and_salimans_with_scale_1_plus_w():
 
 
 @every_scale
-def test_no_condition_passes_through(scale):
+def test_no_condition_passes_through_and_is_not_nulled(scale):
+    class AsClassLabels(ExactDenoiser):
+        def null(self, condition):
+            return torch.full_like(condition, 2)  # refuses None
+
     x_t, t, *_ = noisy(COSINE.schedule)
-    assert torch.equal(ClassifierFree(scale)(COSINE)(x_t, t, None), COSINE(x_t, t, None))
+    denoiser = AsClassLabels(MIXTURE, SCHEDULES["cosine"])
+    assert torch.equal(ClassifierFree(scale)(denoiser)(x_t, t, None), COSINE(x_t, t, None))
 
 
 def test_model_without_a_null_condition_is_left_alone():

@@ -43,6 +43,7 @@ def generator(seed=0):
 def images(batch_size, world, count=COUNT, conditions=CONDITIONS, seed=0):
     """Number -> image, gathered over the ranks; and how often each rank called the denoiser."""
     by_number, calls = {}, []
+    conditions = None if conditions is None else conditions[:count]
     for rank in range(world):
         g = generator(seed)
         for x_0, numbers in g.batches(conditions, count, batch_size, rank, world):
