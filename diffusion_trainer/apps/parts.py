@@ -47,7 +47,7 @@ class TrainConfig(Schema):
 
 
 def dtype_of(precision: str, device: str) -> torch.dtype:
-    """auto is bf16 on GPUs that compute in it, fp32 elsewhere. fp32 means it: TF32, cuDNN's default, is switched off."""
+    """auto is bf16 on GPUs that compute in it, fp32 elsewhere. fp32 means it: cuDNN's TF32 is switched off."""
     torch.backends.cudnn.allow_tf32 = False
     bf16 = precision == "bf16" or (precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
     return torch.bfloat16 if bf16 else torch.float32
