@@ -32,9 +32,10 @@ def main(overrides: Sequence[str]) -> int:
     evaluation = build(config["evaluation"], "evaluation", config["allowed_targets"])
     finished = Finished.of(config, evaluation.seed)
     prepared = evaluation.prepare(finished.device, Agreement())
-    if prepared.labels is not None and finished.parts.conditioning.fields:
-        finished.parts.conditioning.check({"label": torch.tensor(prepared.labels)})
-    metrics = prepared(finished.generator)
+    conditioning = finished.parts.conditioning
+    if prepared.labels is not None and conditioning.fields:
+        conditioning.check({"label": torch.tensor(prepared.labels)})
+    metrics = prepared(finished.generator, bool(conditioning.fields))
     report = {"metrics": metrics, "provenance": prepared.provenance() | finished.provenance(config)}
     folder = finished.checkpoint.folder
     out = Path(config["out"] or run_of(folder) / "evaluations" / f"{folder.name}.json")

@@ -90,7 +90,6 @@ class Finished:
             model.denoiser(parts.schedule, parts.prediction), parts.schedule,
             build(config["sampler"], "sampler", allowed), build(config["guidance"], "guidance", allowed),
             build(config["data"], "data", allowed).image_shape, device, seed,
-            bool(parts.conditioning.fields),
         )  # fmt: skip
         return cls(checkpoint, generator, parts, device)
 

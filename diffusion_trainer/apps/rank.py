@@ -111,7 +111,6 @@ class _Begin(Callback):
             module.model.denoiser(module.objective.schedule, module.objective.prediction), module.objective.schedule,
             build(config["sampler"], "sampler", allowed), build(config["guidance"], "guidance", allowed),
             data.image_shape, device, evaluation.seed if evaluation else config["seed"],
-            bool(module.model.conditioning.fields),
         )  # fmt: skip
         state["provenance"] = provenance(config, str(device))
         prepared = evaluation.prepare(device, agreement) if evaluation else None

@@ -33,15 +33,12 @@ class Evaluating(RunCallback):
         if last or crossed(previous, self.run.images_seen, self.every_n_images):
             self.evaluate()
 
-    def _stopping(self) -> bool:
-        return self.run.stop_signal is not None
-
     def evaluate(self) -> None:
         run = self.run
         start = monotonic()
         try:
             with run.aside(), _evaluation_mode(run.module), run.sharding.swapped(KEY) as averaged:
-                metrics = run.evaluation(run.generator, stop=self._stopping) if run.evaluation else {}
+                metrics = self._metrics()
                 picture = self._picture()
         except Interrupted:
             return  # the run is stopping; it will be evaluated when it goes on
@@ -56,6 +53,13 @@ class Evaluating(RunCallback):
             for logger in run.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_image("eval/samples", [picture], step=run.images_seen)
+
+    def _metrics(self) -> dict[str, float]:
+        run = self.run
+        if run.evaluation is None:
+            return {}
+        conditional = bool(run.module.model.conditioning.fields)
+        return run.evaluation(run.generator, conditional, lambda: run.stop_signal is not None)
 
     def _picture(self):
         """A grid of ROWS x COLUMNS samples, always the same numbers; ten classes stand one to a column."""

@@ -80,14 +80,18 @@ class Prepared:
             return None
         return torch.tensor([self.labels[i % len(self.labels)] for i in range(self.count)])
 
-    def __call__(self, generator: Generator, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    def __call__(
+        self, generator: Generator, conditional: bool, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
         """The metrics, equal on all ranks, which must all call it. Raises Interrupted when stop() says so on any.
+
+        conditional: whether the model reads labels; one that does not is not asked for any.
 
         Images are rounded to 8 bits first: the numbers are those of the files one would save.
         """
         for distance in self.distances.values():
             distance.reset()
-        conditions, right = self.conditions() if generator.conditional else None, 0
+        conditions, right = self.conditions() if conditional else None, 0
         work = generator.batches(
             conditions, self.count, self.evaluation.batch_size, self.agreement.rank, self.agreement.world
         )

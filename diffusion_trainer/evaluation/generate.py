@@ -24,7 +24,6 @@ class Generator:
     shape: tuple[int, ...]  # of one sample
     device: torch.device
     seed: int
-    conditional: bool  # whether the model reads a condition
 
     def draw(self, samples: list[int], condition: Tensor | None) -> Tensor:
         """x_0 (len(samples), *shape) of these numbers; condition: (len(samples), ...), theirs, or None."""

@@ -77,6 +77,11 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        if min(channels, base_channels, blocks_per_level, head_channels, groups, len(channel_multipliers)) < 1:
+            raise ValueError("channels, base_channels, blocks_per_level, head_channels and groups must be positive, "
+                             "channel_multipliers not empty")  # fmt: skip
+        if base_channels % 2:
+            raise ValueError(f"base_channels must be even (sines and cosines of the noise level), not {base_channels}")
         widths = [base_channels * m for m in channel_multipliers]
         if any(w % groups for w in widths):
             raise ValueError(f"every level's channels {widths} must divide by groups={groups}")

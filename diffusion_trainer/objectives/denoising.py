@@ -24,7 +24,7 @@ class LossTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class Denoising:
-    """w(t) |x_0_hat - x_0|^2 per dimension (Ho et al. 2020, eq. 12 and 14; Kingma and Gao 2023, eq. 1)."""
+    """w(t) |x_0_hat - x_0|^2 per dimension (Ho et al. 2020, eq. 12 and 14, in one space of weights)."""
 
     schedule: Schedule
     prediction: Prediction

@@ -38,7 +38,8 @@ class Prediction(ABC):
 class Epsilon(Prediction):
     """F = eps_hat, so x_0_hat = (x_t - sigma eps_hat) / alpha (Ho et al. 2020, eq. 15).
 
-    The network is told the noise level as log_snr / 4, the scale of c_noise of Karras et al. 2022, table 1.
+    The network is told the noise level as log_snr / 4 (-2 times the c_noise of Karras et al. 2022, table 1, whose sigma
+    is our sigma / alpha).
     """
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> Coefficients:

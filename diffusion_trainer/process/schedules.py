@@ -108,7 +108,7 @@ class LinearBeta(Schedule):
         return (self.log_alpha_squared(t) / 2).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (-self.log_alpha_squared(t).expm1()).sqrt()
+        return self.log_alpha_squared(t).expm1().abs().sqrt()  # 1 - alpha^2, never a negative zero
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
         table = _log_alpha_squared_table(self, log_snr.device)

@@ -10,7 +10,7 @@ from diffusion_trainer.process.schedules import Schedule
 
 def transition_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
     """Var[x_t | x_s] = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2; for neighbours of a discrete DDPM it is beta_t."""
-    # With r = exp(log_snr_t - log_snr_s) it is sigma_t^2 (1 - r), free of cancellation; r = 0 at s = 0.
+    # sigma_t^2 (1 - SNR_t / SNR_s): the ratio is 0 at s = 0, which needs no case of its own.
     ratio = schedule.alpha(t) * schedule.sigma(s) / (schedule.alpha(s) * schedule.sigma(t))
     return schedule.sigma(t) ** 2 * (1 - ratio**2)
 

@@ -27,9 +27,10 @@ class Unit(Weighting):
 class Elbo(Weighting):
     """num_timesteps times KL(q(x_s|x_t,x_0) || p(x_s|x_t)), s = t - 1/num_timesteps, per unit of |x_0_hat - x_0|^2.
 
-    Ho et al. 2020, eq. 8 and 12, for a reverse variance that is fixed. The mean of the loss over t uniform is then the
-    sum of the KL terms, in nats. The first step (s = 0) stands for the decoder: its variance, zero for `FixedSmall`,
-    is that of the second step (as in the discrete decoders of Nichol and Dhariwal 2021).
+    Ho et al. 2020, eq. 8 and 12, for a reverse variance that is fixed. The mean of the loss over t uniform on k/T is
+    the sum of the KL terms, in nats; over t uniform on the schedule's range it is close to it (some per cent lower, for
+    the first steps weigh most). The first step (s = 0) stands for the decoder: its variance, zero for `FixedSmall`, is that
+    of the second. `num_timesteps` is that of the discrete process whose bound is meant.
     """
 
     variance: ReverseVariance

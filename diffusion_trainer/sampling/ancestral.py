@@ -9,7 +9,7 @@ from diffusion_trainer.sampling.solvers import Solver
 
 @dataclass(frozen=True)
 class Ancestral(Solver):
-    """x_s ~ N(mean of q(x_s | x_t, x_0_hat), v)  (eq. 7 and algorithm 2; the last step adds no noise)."""
+    """x_s ~ N(mean of q(x_s | x_t, x_0_hat), v)  (Ho et al. 2020, eq. 7; its last step adds no noise)."""
 
     variance: ReverseVariance
     order: ClassVar[int] = 1

@@ -43,6 +43,8 @@ class Sampler:
     ) -> Tensor:
         """x_T: (B, ...), a standard normal -> x_0: (B, ...). noise() -> the next standard normal like x_T.
 
+        Starts from sigma(t_max) x_T: what is left of the data at t_max, alpha(t_max) E[x_0], is taken for nothing.
+
         on_step(i, x, x_0_hat) is called after each step with the tensors as they are.
         """
         seen: list[Tensor] = []

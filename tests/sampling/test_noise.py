@@ -37,7 +37,7 @@ class Cheap(Denoiser):
 
 def generator(seed=0):
     sampler = Sampler(DDIM(1.0), UniformTime(), 4)
-    return Generator(Cheap(), Cosine(), sampler, ClassifierFree(2.0), SHAPE, CPU, seed, conditional=True)
+    return Generator(Cheap(), Cosine(), sampler, ClassifierFree(2.0), SHAPE, CPU, seed)
 
 
 def images(batch_size, world, count=COUNT, conditions=CONDITIONS, seed=0):
