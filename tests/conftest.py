@@ -72,3 +72,14 @@ def workplace(digits, tmp_path) -> Path:
 def cli(workplace):
     """cli(*arguments) -> (exit code, output)."""
     return lambda *arguments, **env: finish(command(*arguments, cwd=workplace, **env))
+
+
+@pytest.fixture(scope="session")
+def trained(digits, tmp_path_factory) -> Path:
+    """A folder with a finished run of one process, runs/digits. Not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "shards").mkdir()
+    (folder / "shards" / "digits").symlink_to(digits)
+    code, output = finish(command("train", "experiment=digits", *SMALL, "strategy=single", "num_images=32", cwd=folder))
+    assert code == 0, output
+    return folder

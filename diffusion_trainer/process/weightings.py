@@ -29,8 +29,8 @@ class Elbo(Weighting):
 
     Ho et al. 2020, eq. 8 and 12, for a reverse variance that is fixed. The mean of the loss over t uniform on k/T is
     the sum of the KL terms, in nats; over t uniform on the schedule's range it is close to it (some per cent lower, for
-    the first steps weigh most). The first step (s = 0) stands for the decoder: its variance, zero for `FixedSmall`, is that
-    of the second. `num_timesteps` is that of the discrete process whose bound is meant.
+    the first steps weigh most). The first step (s = 0) stands for the decoder: its variance, zero for `FixedSmall`, is
+    that of the second. `num_timesteps` is that of the discrete process whose bound is meant.
     """
 
     variance: ReverseVariance

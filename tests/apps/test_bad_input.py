@@ -120,19 +120,6 @@ def test_a_mistake_exits_with_2_and_no_traceback(cli):
 # ---- after a run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory):
-    """A folder with a finished run of one process, runs/digits."""
-    from conftest import command, finish
-
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "shards").mkdir()
-    (folder / "shards" / "digits").symlink_to(digits)
-    code, output = finish(command(*DIGITS, "strategy=single", "num_images=32", cwd=folder))
-    assert code == 0, output
-    return folder
-
-
 @pytest.fixture
 def after(trained, monkeypatch):
     monkeypatch.chdir(trained)
