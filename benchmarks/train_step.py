@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion_trainer.apps import processes, rank
 from diffusion_trainer.apps.config import build, load
 from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, parameter_shapes
+from diffusion_trainer.apps.start import accept_interrupt
 from diffusion_trainer.apps.train import check_data, sizes
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.datamodule import Layout
@@ -216,6 +217,7 @@ def table(r: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
+    accept_interrupt()
     options = read(arguments)
     config, world = load("train", options.overrides, TrainConfig), processes.current()
     strategy, trainer = (build(config[name], name, config["allowed_targets"]) for name in ("strategy", "trainer"))

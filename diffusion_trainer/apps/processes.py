@@ -57,9 +57,11 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _die_with_parent() -> None:
-    # Linux: a killed parent must not leave ranks behind. They get SIGTERM, save, and stop.
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
+def _before_exec() -> None:
+    # SIGINT waits until the rank says what it means (apps/start.py): no traceback of an interpreter that starts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if sys.platform == "linux":  # a killed parent must not leave ranks behind: they get SIGTERM, save, and stop
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
 
 
 def spawn(arguments: Sequence[str], count: int, logs: Path, extra: Mapping[str, str]) -> int:
@@ -101,24 +103,25 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, extra: Mapping[str, 
                     stdout=log,
                     stderr=log,
                     process_group=0,  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                    preexec_fn=_before_exec,
                 )
             )
             if log:
                 log.close()
-        return _wait(ranks, logs)
+        return _wait(ranks, logs, received)
     finally:
         _stop(ranks)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _wait(ranks: Sequence[subprocess.Popen], logs: Path) -> int:
+def _wait(ranks: Sequence[subprocess.Popen], logs: Path, received: Sequence[int]) -> int:
     while True:
         codes = [process.poll() for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
         if failed:
-            return _report(ranks, failed, logs)
+            _stop(ranks)
+            return 128 + received[0] if received else _report(ranks, failed, logs)
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
@@ -126,14 +129,11 @@ def _wait(ranks: Sequence[subprocess.Popen], logs: Path) -> int:
 
 def _report(ranks: Sequence[subprocess.Popen], failed: Sequence[int], logs: Path) -> int:
     """The exit code of the failure that came first; says which rank it was unless that was a clean stop."""
-    _stop(ranks)
-    codes = [process.returncode for process in ranks]
-    code = codes[failed[0]]
-    clean = (2, 128 + signal.SIGINT, 128 + signal.SIGTERM)
     rank = failed[0]
+    code = ranks[rank].returncode
     if code == 2 and rank:  # a user's mistake that only this rank could see
         print((logs / f"rank-{rank}.log").read_text(errors="replace").strip(), file=sys.stderr)
-    if code == 2 or (code in clean and all(c in (*clean, 0) for c in codes)):
+    if code in (2, 128 + signal.SIGINT, 128 + signal.SIGTERM):
         return code
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     print(f"rank {rank} of {len(ranks)} {how}; the others were stopped.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One rank of a training run: `python -m diffusion_trainer.apps.rank <folder>`, as the parent starts it."""
+"""One rank of a training run."""
 
 import logging
 import os
@@ -156,13 +156,10 @@ def quiet() -> None:
 
 
 def main() -> int:
+    """With the folder as the only argument, as the parent starts it; the exit code."""
     folder = Path(sys.argv[1])
     try:
         return work(configuration.read(folder / "config.yaml"), folder, processes.current())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -43,7 +43,7 @@ def main(overrides: Sequence[str]) -> int:
             folders.write_config(folder, config)
             announce(config, size, trainer.device(), folder)
         if world is None:
-            code = processes.spawn(["-m", "diffusion_trainer.apps.rank", str(folder)], count, folder / "logs", {})
+            code = processes.spawn(["-m", "diffusion_trainer.apps.start", str(folder)], count, folder / "logs", {})
         else:
             from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
 

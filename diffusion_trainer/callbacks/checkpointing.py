@@ -26,7 +26,8 @@ class Checkpointing(RunCallback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.run.stop_signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self.run.stop_signal = number
 
     def after_step(self, previous: int) -> None:

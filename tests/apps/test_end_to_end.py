@@ -52,7 +52,11 @@ def test_a_minute_of_digits_improves_fid_fivefold_and_leaves_what_it_promises(cl
     assert Image.open(run / "samples.png").size == (10 * 33 - 1, 8 * 33 - 1)
     assert len(list((run / "samples").glob("*.png"))) == 3
     assert latest(run / "checkpoints").name == "images-000000025600"
-    assert list((run / "wandb").glob("offline-run-*"))
+    (offline,) = (run / "wandb").glob("offline-run-*")
+    record = next(offline.glob("run-*.wandb")).read_bytes()
+    for key in (b"eval/fid", b"train/loss", b"train/images_per_second", b"train/learning_rate", b"images_seen"):
+        assert key in record, key
+    assert len(list((offline / "files" / "media" / "images" / "eval").glob("samples*.png"))) == 3
     assert [float(r["train/loss"]) for r in rows(run) if r["train/loss"]][-1] < 0.2
     summary = output[output.index("done: ") :]
     for promised in ("samples.png", "checkpoint ", "metrics.json", "config.yaml", "try next", "recognised"):
@@ -116,6 +120,15 @@ def test_a_stopped_run_goes_on_where_it_was(workplace, number):
     code, output = finish(command(*arguments, cwd=workplace))  # and once more: it is done
     assert code == 0
     assert "already at 1,920 images" in output
+
+
+def test_ctrl_c_during_the_start_is_just_the_end(workplace):
+    process = command(*RUN, "num_images=3200", cwd=workplace)
+    wait_for(workplace / "runs" / "digits" / "config.yaml", "num_images")
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code == 130, output
+    assert "Traceback" not in output
 
 
 def test_a_killed_rank_ends_the_run_and_loses_nothing_before_the_checkpoint(workplace):
