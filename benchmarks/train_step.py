@@ -34,7 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_trainer.apps import processes, rank
-from diffusion_trainer.apps.config import build, load
+from diffusion_trainer.apps.config import load
+from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, parameter_shapes
 from diffusion_trainer.apps.start import accept_interrupt
 from diffusion_trainer.apps.train import check_data, sizes
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str]) -> int:
         check(config, count)
     if world is None and count > 1:
         with tempfile.TemporaryDirectory() as logs:
-            return processes.spawn([str(Path(__file__).resolve()), *arguments], count, Path(logs), {})
+            return processes.spawn([str(Path(__file__).resolve()), *arguments], count, Path(logs))
     result = measure(config, world or processes.World(0, 1, 1, False), options.steps, options.warmup)
     if world is None or world.rank == 0:
         print(table(result))

@@ -5,7 +5,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from diffusion_trainer.apps.config import CONF, build
+from diffusion_trainer.apps.config import CONF
+from diffusion_trainer.apps.nodes import build
 
 
 def names(group):

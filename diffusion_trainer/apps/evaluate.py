@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from diffusion_trainer.apps.config import build, dump
+from diffusion_trainer.apps.config import dump
 from diffusion_trainer.apps.finished import FROM_THE_RUN, Finished, FinishedConfig, load, run_of
+from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
@@ -39,10 +40,13 @@ def main(overrides: Sequence[str]) -> int:
     report = {"metrics": metrics, "provenance": prepared.provenance() | finished.provenance(config)}
     folder = finished.checkpoint.folder
     out = Path(config["out"] or run_of(folder) / "evaluations" / f"{folder.name}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
-    part.write_text(json.dumps(report, indent=2) + "\n")
-    part.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        part.replace(out)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error}); choose another out=...") from error
     sampler, guidance, real = config["sampler"], config["guidance"], len(evaluation.reference.samples)
     print(
         f"{describe(metrics)}\n"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from diffusion_trainer.apps import config as configuration
-from diffusion_trainer.apps.config import Schema, build
+from diffusion_trainer.apps.nodes import Schema, build
 from diffusion_trainer.apps.parts import Parts, dtype_of
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator

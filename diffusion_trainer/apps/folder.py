@@ -11,22 +11,41 @@ from diffusion_trainer.apps.config import dump, read
 from diffusion_trainer.conventions import UserError
 
 # What may differ when a run goes on: how and how long it is computed and watched, not what is computed.
-MAY_CHANGE = ("num_images", "trainer", "strategy", "callbacks", "logger", "evaluation", "sampler", "guidance")
+MAY_CHANGE = (
+    "name",
+    "folder",
+    "allowed_targets",
+    "num_images",
+    "trainer",
+    "strategy",
+    "callbacks",
+    "logger",
+    "evaluation",
+    "sampler",
+    "guidance",
+)
 MAY_CHANGE_INSIDE = ("data.num_workers", "data.shards")
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """The folder, ours alone while we live; UserError if a living process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+def held(folder: Path) -> Iterator[int]:
+    """The folder, ours alone; UserError if a living process holds it, or it cannot be written.
+
+    Yields the lock's descriptor: while a process that inherited it lives, the folder is held.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"folder={folder} cannot be written ({error}); choose another folder=...") from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
                 f"another process is training in {folder}; wait for it or give this run another name=..."
             ) from error
-        yield
+        yield lock.fileno()
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:

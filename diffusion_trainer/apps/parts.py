@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from diffusion_trainer.apps.config import Schema, build
+from diffusion_trainer.apps.nodes import Schema, build
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.process.predictions import Prediction

@@ -11,12 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a rank that was told to
 GRACE_SECONDS = 20  # between asking the other ranks to stop and killing them
 
 
@@ -64,11 +65,12 @@ def _before_exec() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
 
 
-def spawn(arguments: Sequence[str], count: int, logs: Path, extra: Mapping[str, str]) -> int:
+def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[int] = ()) -> int:
     """Runs `count` processes `python <arguments>` as ranks of one world; returns the exit code of the run.
 
     Rank 0 writes to this terminal, rank r to <logs>/rank-<r>.log (as does its traceback). Ctrl-C and SIGTERM go to all
-    ranks. When one fails, the others are asked to stop, then killed.
+    ranks; a third one kills them. When a rank fails, the others are asked to stop, then killed. inherited: descriptors
+    that the ranks keep open.
     """
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // count)
@@ -79,7 +81,6 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, extra: Mapping[str, 
         "LOCAL_WORLD_SIZE": str(count),
         "NODE_RANK": "0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        **extra,
     }
     ranks: list[subprocess.Popen] = []
     received: list[int] = []
@@ -88,7 +89,7 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, extra: Mapping[str, 
         received.append(number)
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(number if len(received) < 3 else signal.SIGKILL)
 
     previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -104,6 +105,7 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, extra: Mapping[str, 
                     stderr=log,
                     process_group=0,  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
                     preexec_fn=_before_exec,
+                    pass_fds=inherited,
                 )
             )
             if log:
@@ -120,6 +122,8 @@ def _wait(ranks: Sequence[subprocess.Popen], logs: Path, received: Sequence[int]
         codes = [process.poll() for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
         if failed:
+            if received or all(codes[rank] in STOPPED for rank in failed):
+                _join(ranks)  # each of them is on its way out
             _stop(ranks)
             return 128 + received[0] if received else _report(ranks, failed, logs)
         if all(code == 0 for code in codes):
@@ -133,7 +137,7 @@ def _report(ranks: Sequence[subprocess.Popen], failed: Sequence[int], logs: Path
     code = ranks[rank].returncode
     if code == 2 and rank:  # a user's mistake that only this rank could see
         print((logs / f"rank-{rank}.log").read_text(errors="replace").strip(), file=sys.stderr)
-    if code in (2, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if code in (2, *STOPPED):
         return code
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     print(f"rank {rank} of {len(ranks)} {how}; the others were stopped.", file=sys.stderr)
@@ -141,6 +145,12 @@ def _report(ranks: Sequence[subprocess.Popen], failed: Sequence[int], logs: Path
     if rank and log.is_file():
         print(f"The end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:]), file=sys.stderr)
     return 1 if code < 0 else code
+
+
+def _join(ranks: Sequence[subprocess.Popen]) -> None:
+    end = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < end and any(process.poll() is None for process in ranks):
+        time.sleep(0.05)
 
 
 def _stop(ranks: Sequence[subprocess.Popen]) -> None:

@@ -16,7 +16,7 @@ import diffusion_trainer
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps import processes
-from diffusion_trainer.apps.config import build
+from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, dtype_of
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.run import Run, RunCallback
@@ -34,7 +34,7 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
     quiet()
     progress = progress_of(config)
     trainer_settings, strategy = (
-        build(config["trainer"], "trainer"),
+        build(config["trainer"], "trainer", config["allowed_targets"]),
         build(config["strategy"], "strategy", config["allowed_targets"]),
     )
     module = module_of(config, progress, trainer_settings.device())
@@ -98,7 +98,10 @@ class _Begin(Callback):
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         config, device = self.config, module.device
-        agreement = Agreement()
+        agreement = Agreement(self.strategy.timeout_seconds)
+        found = agreement.gather(self.checkpoint.images_seen if self.checkpoint else 0)
+        if len(set(found)) > 1:  # a network file system that has not caught up
+            raise UserError(f"ranks see different checkpoints ({found} images); start the run again")
         sharding = self.strategy.sharding(module.model, trainer)
         state: dict[str, Any] = {"run_id": folders.run_id(self.folder) if agreement.rank == 0 else None}
         if self.checkpoint is not None:
@@ -114,9 +117,7 @@ class _Begin(Callback):
         )  # fmt: skip
         state["provenance"] = provenance(config, str(device))
         prepared = evaluation.prepare(device, agreement) if evaluation else None
-        self.run = Run(
-            self.folder, module, trainer, agreement, sharding, generator, prepared, module.images_seen, state
-        )
+        self.run = Run(self.folder, module, trainer, agreement, sharding, generator, prepared, state)
         for callback in self.callbacks:
             callback.run = self.run
 

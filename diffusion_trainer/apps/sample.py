@@ -39,7 +39,10 @@ def main(overrides: Sequence[str]) -> int:
     batches = finished.generator.batches(conditions, config["n"], config["batch_size"])
     images = torch.cat([to_pixels(x_0).cpu() for x_0, _ in batches])
     out = out_of(config, finished)
-    write(out, images, conditions, finished.provenance(config))
+    try:
+        write(out, images, conditions, finished.provenance(config))
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error}); choose another out=...") from error
     seconds = time.monotonic() - start
     print(f"{config['n']} samples in {seconds:.1f} s: {out}.png and {out}.npz (images, label, provenance)")
     return 0

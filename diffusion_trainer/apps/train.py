@@ -10,7 +10,7 @@ from typing import Any
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps import processes
-from diffusion_trainer.apps.config import build
+from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, parameter_shapes
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
@@ -32,18 +32,20 @@ def main(overrides: Sequence[str]) -> int:
     config = configuration.load("train", overrides, TrainConfig)
     folder = Path(config["folder"])
     world = processes.current()
-    strategy, trainer = build(config["strategy"], "strategy"), build(config["trainer"], "trainer")
+    strategy, trainer = (build(config[name], name, config["allowed_targets"]) for name in ("strategy", "trainer"))
     count = world.local_size if world else trainer.local_processes(strategy)
     size = world.size if world else count
+    if strategy.max_processes and size > strategy.max_processes:
+        raise UserError(f"{size} processes were started, this strategy has {strategy.max_processes}; use strategy=ddp")
     first = world is None or world.rank == 0
     if first:
         preflight(config, size, folder)
-    with folders.held(folder) if first else nullcontext():
+    with folders.held(folder) if first else nullcontext() as lock:
         if first:
             folders.write_config(folder, config)
             announce(config, size, trainer.device(), folder)
         if world is None:
-            code = processes.spawn(["-m", "diffusion_trainer.apps.start", str(folder)], count, folder / "logs", {})
+            code = processes.spawn(["-m", "diffusion_trainer.apps.start", str(folder)], count, folder / "logs", (lock,))
         else:
             from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
 
@@ -70,7 +72,10 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> None:
         check_evaluation(config, data, evaluation)
     newest = checkpoints.latest(folder / "checkpoints")
     if newest is not None:
-        checkpoints.Checkpoint(newest).check_architecture(parameter_shapes(config))
+        checkpoint = checkpoints.Checkpoint(newest)
+        checkpoint.check_architecture(parameter_shapes(config))
+        if checkpoint.images_seen - config["batch_size"] >= config["num_images"]:
+            raise UserError(f"{folder} is at {checkpoint.images_seen:,} images already; num_images is less")
 
 
 def check_data(config: dict[str, Any], data: ShardData) -> None:
@@ -123,6 +128,7 @@ def summarize(config: dict[str, Any], folder: Path) -> None:
     newest = checkpoints.latest(folder / "checkpoints")
     path = folder / "metrics.json"
     report = json.loads(path.read_text()) if path.is_file() else {"metrics": {}, "history": [{}]}
+    seen = checkpoints.Checkpoint(newest).images_seen if newest else report.get("images_seen")
     quality, start = describe(report["metrics"]), report["history"][0]
     if start.get("images_seen") == 0 and "fid" in start:
         quality += f" (FID at the start: {start['fid']:.1f})"
@@ -130,10 +136,10 @@ def summarize(config: dict[str, Any], folder: Path) -> None:
     numbers = [f"{path} with their provenance"] if path.is_file() else []
     pictures = folder / "samples.png"
     lines = [
-        f"done: {config['name']}, a diffusion model after {config['num_images']:,} images",
+        f"done: {config['name']}, a diffusion model" + (f" after {seen:,} images" if seen else ""),
         f"  quality     {quality or f'not measured: diffusion-trainer evaluate checkpoint={folder} evaluation=...'}",
         f"  pictures    {pictures} (each evaluation's in {folder}/samples/)" if pictures.is_file() else "",
-        f"  checkpoint  {newest}",
+        f"  checkpoint  {newest}" if newest else "",
         f"  numbers     {', '.join(numbers + [f'{folder}/{name}' for name in logs])}",
         f"  config      {folder}/config.yaml; the same command resumes or, with a larger num_images, goes on",
         "try next",

@@ -18,11 +18,9 @@ class Checkpointing(RunCallback):
         if every_n_images < 1 or keep < 1:
             raise ValueError("every_n_images and keep must be positive")
         self.every_n_images, self.keep = every_n_images, keep
-        self.last_saved: int | None = None
 
     def start(self) -> None:
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.last_saved = self.run.started_at or None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.run.stop_signal is not None and number == signal.SIGINT:
@@ -46,7 +44,6 @@ class Checkpointing(RunCallback):
             with run.aside():
                 root, state = run.folder / "checkpoints", run.state
                 checkpoints.save(root, run.images_seen, run.sharding, state, run.agreement, self.keep)
-            self.last_saved = run.images_seen
         except OSError as error:
             run.say(f"  WARNING: {error}")
 

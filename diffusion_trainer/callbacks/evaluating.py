@@ -4,8 +4,8 @@ import json
 from time import monotonic
 
 import torch
-from lightning.pytorch.loggers import WandbLogger
 
+from diffusion_trainer.callbacks.loggers import log_picture
 from diffusion_trainer.callbacks.run import RunCallback, crossed
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.evaluation.evaluation import Interrupted
@@ -13,6 +13,7 @@ from diffusion_trainer.training.ema import KEY
 from diffusion_trainer.training.module import to_pixels
 
 ROWS, COLUMNS = 8, 10
+DUE = "evaluation_due"  # in the run's state: an evaluation was interrupted
 
 
 class Evaluating(RunCallback):
@@ -25,7 +26,8 @@ class Evaluating(RunCallback):
 
     def start(self) -> None:
         self.history: list[dict] = self.run.state.setdefault("evaluations", [])
-        if self.at_start and self.run.images_seen == 0:
+        due = self.run.state.pop(DUE, False)
+        if due or (self.at_start and self.run.images_seen == 0):
             self.evaluate()
 
     def after_step(self, previous: int) -> None:
@@ -41,7 +43,8 @@ class Evaluating(RunCallback):
                 metrics = self._metrics()
                 picture = self._picture()
         except Interrupted:
-            return  # the run is stopping; it will be evaluated when it goes on
+            run.state[DUE] = True  # the run is stopping; it is evaluated when it goes on
+            return
         record = {"images_seen": run.images_seen, "weights": KEY if averaged else "initial", **metrics}
         self.history.append(record)
         run.log({f"eval/{name}": value for name, value in metrics.items()})
@@ -51,8 +54,7 @@ class Evaluating(RunCallback):
             pictures.save(picture, run.folder / "samples" / f"images-{run.images_seen:012d}.png")
             pictures.save(picture, run.folder / "samples.png")
             for logger in run.trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.log_image("eval/samples", [picture], step=run.images_seen)
+                log_picture(logger, "eval/samples", picture, run.images_seen)
 
     def _metrics(self) -> dict[str, float]:
         run = self.run

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL.Image import Image
 
 from diffusion_trainer.conventions import UserError
 
@@ -32,8 +33,7 @@ class CsvLogger(Logger):
     def __init__(self, path: Path, started_at: int):
         self.path, self._rows = path, []
         if path.is_file():
-            with path.open(newline="") as file:
-                self._rows = [r for r in csv.DictReader(file) if int(float(r["images_seen"])) <= started_at]
+            self._rows = [r for r in _whole_rows(path) if int(r["images_seen"]) <= started_at]
         self._columns = list(dict.fromkeys(key for row in self._rows for key in row))
         self._whole = False  # whether the file holds exactly the rows and columns known here
 
@@ -66,6 +66,13 @@ class CsvLogger(Logger):
         else:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+
+def _whole_rows(path: Path) -> list[dict[str, str]]:
+    """Without what a crash left half-written: rows that are short, or whose first field is no number."""
+    text = path.read_bytes().replace(b"\0", b"").decode(errors="replace")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [r for r in csv.DictReader(lines) if None not in r.values() and r.get("images_seen", "").isdecimal()]
 
 
 @dataclass(frozen=True)
@@ -111,3 +118,11 @@ def _logged_in() -> bool:
     import wandb
 
     return wandb.login(prompt=False, verify=False)  # only whether there are credentials; nothing is sent
+
+
+def log_picture(logger: Logger, name: str, picture: Image, images_seen: int) -> None:
+    """To a logger that shows pictures; for others they are in the run's folder."""
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        logger.log_metrics({"images_seen": images_seen, name: wandb.Image(picture)}, step=images_seen)

@@ -31,7 +31,8 @@ class LogMetrics(RunCallback):
 
     def after_step(self, previous: int) -> None:
         run = self.run
-        if not crossed(previous, run.images_seen, self.every_n_images):
+        total = run.module.progress.num_images
+        if not crossed(previous, run.images_seen, self.every_n_images) and run.images_seen < total:
             return
         loss, error = run.agreement.mean((self._sums / self._count).tolist())
         seconds = monotonic() - self._since - (run.aside_seconds - self._aside)
@@ -43,7 +44,6 @@ class LogMetrics(RunCallback):
             "train/images_per_second": rate,
         }
         run.log(metrics)
-        total = run.module.progress.num_images
         left = (total - run.images_seen) / rate
         run.say(
             f"  {run.images_seen:>10,} of {total:,} images ({run.images_seen / total:4.0%})   loss {loss:.4f}   "

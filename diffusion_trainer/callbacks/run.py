@@ -27,7 +27,6 @@ class Run:
     sharding: Sharding
     generator: Generator
     evaluation: Prepared | None
-    started_at: int = 0  # images seen when this attempt began
     state: dict[str, Any] = field(default_factory=dict)  # saved with each checkpoint
     stop_signal: int | None = None
     aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training

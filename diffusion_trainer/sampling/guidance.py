@@ -32,7 +32,7 @@ class ClassifierFree(Guidance):
     scale: float = 1.0
 
     def __post_init__(self):
-        if self.scale < 0:
+        if not self.scale >= 0:  # also refuses nan
             raise ValueError(f"scale must not be negative, not {self.scale}")
 
     def __call__(self, denoiser: Denoiser) -> Denoiser:

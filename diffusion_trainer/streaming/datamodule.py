@@ -1,5 +1,6 @@
 """From shards to batches: the item of the data set is a step, so position, world size and workers are arithmetic."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,7 @@ class ShardData:
 
     shards: path, glob or brace pattern, or a list of them. label: the extension of the class, null for none.
     Batches: image (B, channels, height, width) uint8; label (B,) int64; first, an int: they are samples number
-    first..first+B-1 of the endless stream.
+    first..first+B-1 of the endless stream. What cannot be read or decoded comes as {error: its message} instead.
     """
 
     shards: str | Sequence[str]
@@ -116,6 +117,7 @@ class ShardData:
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_outlive_a_stop,
         )
 
     def once(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
@@ -136,7 +138,17 @@ class Batches(Dataset):
     def __getitem__(self, k: int) -> dict[str, Tensor]:
         numbers = self.layout.numbers(*divmod(k, self.layout.micro_batches))
         samples = self.order(numbers.start, numbers.stop)
-        return collate([self.data.decode(int(i)) for i in samples]) | {"first": numbers.start}
+        try:
+            return collate([self.data.decode(int(i)) for i in samples]) | {"first": numbers.start}
+        except UserError as error:
+            return {"error": str(error)}  # as data: an exception would lose its message on the way from a worker
+
+
+def _outlive_a_stop(worker: int) -> None:
+    # srun and terminals signal every process of a run, but the rank needs its workers until it has saved. A second
+    # SIGTERM (multiprocessing's, at exit) ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def collate(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:

@@ -20,12 +20,14 @@ def find(patterns: str | Sequence[str]) -> list[Path]:
     paths = []
     for pattern in patterns:
         if "://" in pattern or pattern.startswith("pipe:"):
-            raise UserError(f"data.shards: {pattern} is not a local path; copy the shards to a disk of this machine")
+            raise UserError(f"shards: {pattern} is not a local path; copy the shards to a disk of this machine")
         for name in expand_urls(pattern):
             found = sorted(glob.glob(name))
+            if Path(name).is_dir():
+                raise UserError(f"shards: {name} is a folder; name its files: {name.rstrip('/')}/*.tar")
             if not found:
                 raise UserError(
-                    f"data.shards: no file matches {name} (looked in {Path(name).absolute().parent}). "
+                    f"shards: no file matches {name} (looked in {Path(name).absolute().parent}). "
                     "Write them first (for the digits: python data/digits.py) or say where they are: data.shards=..."
                 )
             paths += [Path(p) for p in found]
@@ -44,9 +46,12 @@ def scan(path: Path, fields: Mapping[str, Sequence[str]]) -> np.ndarray:
             for member in tar:
                 key, extension = base_plus_ext(member.name)
                 if member.isfile() and key is not None and not os.path.basename(key).startswith("__"):
-                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+                    fields_of = samples.setdefault(key, {})
+                    if extension.lower() in fields_of:
+                        raise UserError(f"shard {path}: {member.name} is in it twice; keys must be unique in a shard")
+                    fields_of[extension.lower()] = (member.offset_data, member.size)
             end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"shard {path} is damaged ({error}); write or copy it again") from error
     if not samples:
         raise UserError(f"shard {path} is empty: it has no samples; write it again or leave it out of data.shards")

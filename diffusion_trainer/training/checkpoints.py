@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lightning
@@ -27,49 +27,70 @@ from diffusion_trainer.training.sharding import Sharding
 
 FORMAT = 1
 WEIGHT = "weight"
+AFTER_DAMAGE = "Remove that checkpoint's folder to go on from the one before it."
 
 
 def save(root: Path, images_seen: int, sharding: Sharding, state: Mapping, agreement: Agreement, keep: int) -> Path:
-    """Writes <root>/images-<images_seen>, moves `latest` to it, then deletes all but the newest `keep`.
+    """Writes <root>/images-<images_seen>, moves `latest` to it, then deletes all but the newest `keep` up to it.
 
-    state: what else to resume, JSON. All ranks must call it; an error on one is raised on all.
+    state: what else to resume, JSON. All ranks must call it. OSError, on all ranks, if any of them could not write;
+    what was there before is intact then.
     """
     folder = root / f"images-{images_seen:012d}"
     part = root / f".{folder.name}.part"
-    if agreement.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    agreement.any(False)  # the folder is there
-    error = None
-    try:
-        if agreement.rank == 0 or not sharding.replicated:
+    first = agreement.rank == 0
+
+    def prepare() -> None:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+
+    def write() -> None:
+        if first or not sharding.replicated:
             path = part / f"rank-{agreement.rank:05d}.safetensors"
             save_file(_tensors(sharding), path)
             _sync(path)
-    except OSError as problem:
-        error = str(problem)
-    errors = [e for e in agreement.gather(error) if e]
-    if errors:
-        raise OSError(f"checkpoint {folder} could not be written: {errors[0]}; the one before it is intact")
-    steps = {float(sharding.optimizer.state[m]["step"]) for m in sharding.masters() if m in sharding.optimizer.state}
-    if agreement.rank == 0:
-        manifest = {
-            "format": FORMAT,
-            "images_seen": images_seen,
-            "optimizer_steps": max(steps, default=0.0),
-            "parameters": {n: list(shape) for n, shape in _shapes(sharding).items()},
-            "files": {p.name: p.stat().st_size for p in sorted(part.iterdir())},
-            "state": dict(state),
-            "written_by": {"world": agreement.world, "torch": torch.__version__, "lightning": lightning.__version__},
-        }
-        _write(part / "manifest.json", json.dumps(manifest, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-        _write(root / "latest", folder.name)
-        for old in sorted(root.glob("images-*"))[:-keep]:
-            shutil.rmtree(old)
-    agreement.any(False)  # nobody goes on, or exits, before it is whole
+
+    def publish() -> None:
+        if first:
+            _write(
+                part / "manifest.json", json.dumps(_manifest(part, images_seen, sharding, state, agreement), indent=1)
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            _write(root / "latest", folder.name)
+            for old in [p for p in sorted(root.glob("images-*")) if p.name <= folder.name][:-keep]:
+                shutil.rmtree(old)
+
+    for action in (prepare, write, publish):
+        error = _problem(action)
+        errors = [e for e in agreement.gather(error) if e]  # also the barrier between the phases
+        if errors:
+            if first:
+                shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"checkpoint {folder} could not be written: {errors[0]}; the one before it is intact")
     return folder
+
+
+def _problem(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        return str(error)
+    return None
+
+
+def _manifest(part: Path, images_seen: int, sharding: Sharding, state: Mapping, agreement: Agreement) -> dict:
+    steps = {float(sharding.optimizer.state[m]["step"]) for m in sharding.masters() if m in sharding.optimizer.state}
+    return {
+        "format": FORMAT,
+        "images_seen": images_seen,
+        "optimizer_steps": max(steps, default=0.0),
+        "parameters": {n: list(shape) for n, shape in _shapes(sharding).items()},
+        "files": {p.name: p.stat().st_size for p in sorted(part.iterdir())},
+        "state": dict(state),
+        "written_by": {"world": agreement.world, "torch": torch.__version__, "lightning": lightning.__version__},
+    }
 
 
 def _shapes(sharding: Sharding) -> dict[str, torch.Size]:
@@ -126,16 +147,18 @@ class Checkpoint:
                     f"checkpoint {folder} has format {self.manifest['format']}; this version reads {FORMAT}"
                 )
         except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder} is not a whole checkpoint ({error})") from error
+            raise UserError(f"{folder} is not a whole checkpoint ({error}). {AFTER_DAMAGE}") from error
         if wrong:
-            raise UserError(f"checkpoint file {folder / wrong[0]} is damaged: its size is not the manifest's")
+            raise UserError(
+                f"checkpoint file {folder / wrong[0]} is damaged: its size is not the manifest's. {AFTER_DAMAGE}"
+            )
         self.shapes = {name: torch.Size(shape) for name, shape in self.manifest["parameters"].items()}
         self._runs = defaultdict(list)  # (kind, parameter) -> [(first, open file, key)]
         for name in self.manifest["files"]:
             try:
                 file = safe_open(folder / name, framework="pt")
             except SafetensorError as error:
-                raise UserError(f"checkpoint file {folder / name} is damaged ({error})") from error
+                raise UserError(f"checkpoint file {folder / name} is damaged ({error}). {AFTER_DAMAGE}") from error
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 kind, parameter, first = key.split("/")
                 self._runs[kind, parameter].append((int(first), file, key))

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from diffusion_trainer.conventions import UserError, seed_of
 from diffusion_trainer.objectives.denoising import Denoising, LossTerms
 from diffusion_trainer.training.ema import EmaProfile, attach_ema
 from diffusion_trainer.training.model import Model
@@ -53,6 +54,8 @@ class DiffusionModule(LightningModule):
         self.last_terms: LossTerms | None = None  # of the last micro-batch, for callbacks
 
     def on_before_batch_transfer(self, batch: Mapping, dataloader_idx: int) -> Mapping:
+        if "error" in batch:
+            raise UserError(batch["error"])
         self.model.conditioning.check(batch)
         return batch
 
@@ -62,6 +65,8 @@ class DiffusionModule(LightningModule):
         condition = self.model.conditioning.read(batch)
         dropped = draws.uniform("condition_dropout") < self.condition_dropout
         condition = self.model.conditioning.drop(condition, dropped)
+        # Dropout inside the network knows only the global stream: exact after a restart, but a function of the layout.
+        torch.manual_seed(seed_of(p.seed, "network", batch["first"]))
         terms = self.objective(self.model, to_unit(batch["image"]), condition, draws)
         self.last_terms = LossTerms(*(term.detach() for term in terms))
         return terms.loss.mean()

@@ -54,7 +54,7 @@ class AdamW:
     weight_decay: float = 0.0
 
     def __post_init__(self):
-        if self.lr <= 0 or self.weight_decay < 0 or self.eps <= 0:
+        if not (self.lr > 0 and self.weight_decay >= 0 and self.eps > 0):  # also refuses nan
             raise ValueError("lr and eps must be positive, weight_decay not negative")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), not {list(self.betas)}")

@@ -24,6 +24,7 @@ class Strategy(ABC):
     """A choice of conf/strategy. `max_processes` None is as many as there are."""
 
     max_processes: int | None = None
+    timeout_seconds: int = 600  # of a collective
 
     @abstractmethod
     def lightning(self, device: str) -> LightningStrategy:

@@ -67,6 +67,14 @@ def refused(workplace, monkeypatch):
         ("schedule._target_=diffusion_trainer.apps.processes.subprocess.Popen", "there is no"),
         ("schedule._target_=diffusion_trainer.streaming.shards.Path", "is not a class of diffusion_trainer"),
         ("lr", "cannot read the arguments"),
+        ("data.shards=shards/digits", "shards/digits is a folder; name its files: shards/digits/*.tar"),
+        ("network=null", "network is one of unet, unet_small"),
+        ("optimizer.lr=nan", "optimizer: lr and eps must be positive"),
+        ("guidance.scale=nan", "scale must not be negative"),
+        ("num_images=1e4", "write 10000"),
+        ("name=5", "quote it: name='\"5\"'"),
+        ("optimizer.betas=0.9", "should be a valid list"),
+        ("folder=/proc/x", "folder=/proc/x cannot be written"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_explained(refused, workplace, override, say):
@@ -90,6 +98,13 @@ def test_all_mistakes_are_reported_at_once(refused):
 
 def test_a_missing_value_is_asked_for(refused):
     assert "data.shards is missing: say data.shards=..." in refused("train")
+
+
+def test_more_processes_than_the_strategy_has_are_refused(refused, monkeypatch):
+    """As torchrun or srun would start them: two models of one process each, in one folder, otherwise."""
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "2 processes were started, this strategy has 1" in refused(*DIGITS, "strategy=single")
 
 
 def test_verbs_and_flags_are_explained(refused):
@@ -154,6 +169,8 @@ def test_another_run_in_the_same_folder_is_shown_as_a_difference(after):
         (["sample", "checkpoint=runs/none"], "there is no checkpoint"),
         (["evaluate", "checkpoint=runs/digits", "evaluation.features=no.pt"], "is not a TorchScript file"),
         (["evaluate", "checkpoint=runs/digits", "evaluation=none"], "this run has no evaluation"),
+        (["sample", "checkpoint=runs/digits", "out=/proc/x"], "out=/proc/x cannot be written"),
+        ([*DIGITS, "strategy=single", "num_images=16"], "is at 32 images already; num_images is less"),
     ],
 )
 def test_a_mistake_with_a_checkpoint_is_explained(after, arguments, say):

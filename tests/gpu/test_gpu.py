@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_trainer.apps import finished, rank, train
-from diffusion_trainer.apps.config import build, load
+from diffusion_trainer.apps.config import load
 from diffusion_trainer.apps.folder import write_config
+from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.apps.sample import SampleConfig

@@ -166,3 +166,34 @@ def test_remote_shards_are_refused_with_the_way_out():
     for name in ("s3://bucket/x.tar", "pipe:cat x.tar"):
         with pytest.raises(UserError, match="not a local path"):
             find(name)
+
+
+def test_workers_outlive_a_stop_that_reaches_every_process(shards, tmp_path):
+    """srun signals them too, but the rank needs them until it has saved."""
+    import multiprocessing
+    import os
+    import signal
+
+    loader = data(tmp_path, num_workers=2).loader(Layout(16), seed=7, first_step=0, last_step=40)
+    iterator = iter(loader)
+    got = [next(iterator)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    got += list(iterator)
+    assert keys(got) == keys(batches(data(tmp_path), last=40))
+
+
+def test_an_error_in_a_worker_keeps_its_message(tmp_path):
+    write_shards([{"__key__": str(i), "png": b"broken", "cls": b"1"} for i in range(16)], tmp_path, "x", 100)
+    (batch,) = batches(data(tmp_path, num_workers=1), last=1)
+    assert "cannot be decoded" in batch["error"]
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path):
+    with tarfile.open(tmp_path / "x-0.tar", "w") as tar:
+        for _ in range(2):
+            info = tarfile.TarInfo("a.png")
+            info.size = len(png(1))
+            tar.addfile(info, io.BytesIO(png(1)))
+    refused(tmp_path, "a.png is in it twice", label=None)
