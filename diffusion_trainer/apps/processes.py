@@ -110,6 +110,8 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
             )
             if log:
                 log.close()
+            if received:  # it came while this rank was being started
+                ranks[-1].send_signal(received[-1])
         return _wait(ranks, logs, received)
     finally:
         _stop(ranks)
