@@ -19,8 +19,6 @@ from diffusion_trainer.evaluation.features import TorchScriptFeatures
 from diffusion_trainer.streaming.datamodule import Layout, ShardData
 from diffusion_trainer.training import checkpoints
 
-LABELS_CHECKED = 10_000  # before the start; every batch is checked again
-
 
 def show(overrides: Sequence[str]) -> str:
     """The configuration that main would run with."""
@@ -86,7 +84,7 @@ def check_data(config: dict[str, Any], data: ShardData) -> None:
         raise UserError(f"the conditioning reads {missing[0]}, which data.label=null leaves out; use conditioning=none")
     data.decode(0)
     if "label" in conditioning.fields:
-        conditioning.check({"label": data.labels(LABELS_CHECKED)})
+        conditioning.check({"label": data.labels()})
 
 
 def check_evaluation(config: dict[str, Any], data: ShardData, evaluation: Evaluation) -> None:

@@ -78,9 +78,9 @@ class ShardData:
         """Of a batch."""
         return ("image", "label") if self.label else ("image",)
 
-    def labels(self, count: int) -> Tensor:
-        """(at most count,) int64, of the first samples, without decoding their images."""
-        found = [self._label(i, self.samples.read(i)["label"]) for i in range(min(count, len(self.samples)))]
+    def labels(self) -> Tensor:
+        """(N,) int64, of every sample, without reading their images."""
+        found = [self._label(i, self.samples.read_field(i, "label")) for i in range(len(self.samples))]
         return torch.from_numpy(np.stack(found))
 
     def decode(self, i: int) -> dict[str, np.ndarray]:

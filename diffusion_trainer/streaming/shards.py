@@ -98,10 +98,11 @@ class Shards:
 
     def read(self, i: int) -> dict[str, bytes]:
         """The bytes of each field of sample i."""
-        return {name: self._read(i, f) for f, name in enumerate(self.fields)}
+        return {name: self.read_field(i, name) for name in self.fields}
 
-    def _read(self, i: int, f: int) -> bytes:
-        shard, (offset, size) = int(self._shard[i]), self._where[i, f].tolist()
+    def read_field(self, i: int, name: str) -> bytes:
+        """The bytes of one field of sample i."""
+        shard, (offset, size) = int(self._shard[i]), self._where[i, list(self.fields).index(name)].tolist()
         if shard not in self._files:
             self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
         data = os.pread(self._files[shard], size, offset)
