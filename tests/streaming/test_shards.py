@@ -176,7 +176,7 @@ def test_workers_outlive_a_stop_that_reaches_every_process(shards, tmp_path):
 
     loader = data(tmp_path, num_workers=2).loader(Layout(16), seed=7, first_step=0, last_step=40)
     iterator = iter(loader)
-    got = [next(iterator)]
+    got = [next(iterator), next(iterator)]  # one from each worker: both are up
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
