@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,22 +95,7 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
     previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         for rank in range(count):
-            env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log = None if rank == 0 else (logs / f"rank-{rank}.log").open("w")
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, *arguments],
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    process_group=0,  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
-                    preexec_fn=_before_exec,
-                    pass_fds=inherited,
-                )
-            )
-            if log:
-                log.close()
+            ranks.append(_start(rank, arguments, shared, logs, inherited))
             if received:  # it came while this rank was being started
                 ranks[-1].send_signal(received[-1])
         return _wait(ranks, logs, received)
@@ -117,6 +103,22 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
         _stop(ranks)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _start(
+    rank: int, arguments: Sequence[str], shared: Mapping[str, str], logs: Path, inherited: Sequence[int]
+) -> subprocess.Popen:
+    with (logs / f"rank-{rank}.log").open("w") if rank else nullcontext() as log:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
+            preexec_fn=_before_exec,
+            pass_fds=inherited,
+        )
 
 
 def _wait(ranks: Sequence[subprocess.Popen], logs: Path, received: Sequence[int]) -> int:
