@@ -77,20 +77,8 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if min(channels, base_channels, blocks_per_level, head_channels, groups, len(channel_multipliers)) < 1:
-            raise ValueError("channels, base_channels, blocks_per_level, head_channels and groups must be positive, "
-                             "channel_multipliers not empty")  # fmt: skip
-        if base_channels % 2:
-            raise ValueError(f"base_channels must be even (sines and cosines of the noise level), not {base_channels}")
+        _check(channels, base_channels, channel_multipliers, blocks_per_level, attention_levels, head_channels, groups)
         widths = [base_channels * m for m in channel_multipliers]
-        if any(w % groups for w in widths):
-            raise ValueError(f"every level's channels {widths} must divide by groups={groups}")
-        for level in attention_levels:
-            if not 0 <= level < len(widths) or widths[level] % head_channels:
-                raise ValueError(
-                    f"attention_levels: {level} must be one of the {len(widths)} levels, channels "
-                    f"{widths}, and its channels divide by head_channels={head_channels}"
-                )
         dim = 4 * base_channels
         self.downs = len(widths) - 1
         self.noise = NoiseEmbedding(base_channels, dim)
@@ -166,3 +154,28 @@ def _apply(layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         block, attention = layer
         return attention(block(h, embedding))
     return layer(h)
+
+
+def _check(
+    channels: int,
+    base_channels: int,
+    channel_multipliers: Sequence[int],
+    blocks_per_level: int,
+    attention_levels: Sequence[int],
+    head_channels: int,
+    groups: int,
+) -> None:
+    if min(channels, base_channels, blocks_per_level, head_channels, groups, len(channel_multipliers)) < 1:
+        raise ValueError("channels, base_channels, blocks_per_level, head_channels and groups must be positive, "
+                         "channel_multipliers not empty")  # fmt: skip
+    if base_channels % 2:
+        raise ValueError(f"base_channels must be even (sines and cosines of the noise level), not {base_channels}")
+    widths = [base_channels * m for m in channel_multipliers]
+    if any(w % groups for w in widths):
+        raise ValueError(f"every level's channels {widths} must divide by groups={groups}")
+    for level in attention_levels:
+        if not 0 <= level < len(widths) or widths[level] % head_channels:
+            raise ValueError(
+                f"attention_levels: {level} must be one of the {len(widths)} levels, channels "
+                f"{widths}, and its channels divide by head_channels={head_channels}"
+            )
