@@ -138,8 +138,8 @@ def count_flops(forward: Callable[[], Any]) -> int:
 def forward_flops(config: Mapping[str, Any]) -> float:
     """For one image. Counted on tensors without memory, so alike on every device and strategy."""
     shape = build(config["data"], "data", config["allowed_targets"]).image_shape
+    parts = Parts.of(config, device="meta")
     with torch.device("meta"):
-        parts = Parts.of(config)
         x, c_noise, condition = torch.zeros(2, *shape), torch.zeros(2), parts.conditioning.examples(2)
         return count_flops(lambda: parts.network(x, c_noise, parts.conditioning(condition))) / 2
 
@@ -149,11 +149,11 @@ def measure(config: Mapping[str, Any], world: processes.World, steps: int, warmu
     rank.quiet()
     progress, allowed = rank.progress_of(config), config["allowed_targets"]
     settings, strategy = (build(config[name], name, allowed) for name in ("trainer", "strategy"))
-    module = rank.module_of(config, progress, settings.device())
     layout = Layout(progress.batch_size, world.size, world.rank, settings.accumulate_grad_batches)
     loader = TimedLoader(build(config["data"], "data", allowed).loader(layout, progress.seed, 0, warmup + steps))
-    watch = Stopwatch(loader, module.model.dtype)
     with tempfile.TemporaryDirectory() as folder:
+        module = rank.module_of(config, Path(folder), progress, settings.device())
+        watch = Stopwatch(loader, module.model.dtype)
         trainer = settings.build(
             strategy, world.nodes, world.local_size, world.environment(), warmup + steps, [watch], [], Path(folder)
         )

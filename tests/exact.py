@@ -5,8 +5,12 @@ from dataclasses import dataclass
 import torch
 from oracle import Mixture
 
+from diffusion_trainer.conventions import expand
 from diffusion_trainer.process.denoiser import Denoiser
+from diffusion_trainer.process.levels import Level
+from diffusion_trainer.process.predictions import EDM, Prediction
 from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.variances import Estimate
 
 GAUSSIAN = Mixture.gaussian([0.5, -1.0], [[0.5, 0.2], [0.2, 0.3]])
 MIXTURE = Mixture([0.3, 0.7], [[1.0, 0.5], [-1.0, -0.2]], [[[0.3, 0.1], [0.1, 0.2]], [[0.1, 0.0], [0.0, 0.3]]])
@@ -17,17 +21,15 @@ class ExactDenoiser(Denoiser):
     """E[x_0 | x_t, condition]; the condition is the number of a component, and the null one is one past the last."""
 
     data: Mixture
-    schedule: Schedule
 
-    def __call__(self, x_t, t, condition):
-        t = t[0] if bool((t == t[0]).all()) else t  # one noise level for all: the oracle is faster
-        level = self.schedule.alpha(t), self.schedule.sigma(t)
-        estimate = self.data.denoise(x_t, *level)
+    def __call__(self, x_t, level, condition):
+        at = torch.tensor(level.alpha, dtype=torch.float64), torch.tensor(level.sigma, dtype=torch.float64)
+        estimate = self.data.denoise(x_t, *at)
         if condition is not None:
             for k in range(len(self.data.weights)):
-                given_k = self.data.conditional(k).denoise(x_t, *level)
+                given_k = self.data.conditional(k).denoise(x_t, *at)
                 estimate = torch.where((condition == k)[:, None], given_k, estimate)
-        return estimate.to(x_t.dtype)
+        return Estimate(estimate.to(x_t.dtype))
 
     def null(self, condition):
         return None if condition is None else torch.full_like(condition, len(self.data.weights))
@@ -35,11 +37,20 @@ class ExactDenoiser(Denoiser):
 
 @dataclass(frozen=True)
 class ExactNetwork:
-    """eps_hat = E[eps | x_t] = -sigma score; it learns the noise level from c_noise = log_snr / 4 alone."""
+    """The F of which x_0_hat = E[x_0 | x_t], for any schedule and prediction, (B, D).
+
+    It is told the noise level by c_noise alone, and finds the time by the inverse of the schedule.
+    """
 
     data: Mixture
+    schedule: Schedule
+    prediction: Prediction
 
     def __call__(self, x, c_noise, condition=None):
-        log_snr = 4 * c_noise.double()
-        alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
-        return (-sigma[:, None] * self.data.score(x.double(), alpha, sigma)).to(x.dtype)
+        log_snr = c_noise.double() * (-8 if isinstance(self.prediction, EDM) else 4)
+        t = self.schedule.t_of_log_snr(log_snr).clamp(*self.schedule.t_range)
+        level = Level(t, self.schedule.alpha(t), self.schedule.sigma(t))
+        c = self.prediction.coefficients(self.schedule, level)
+        x_t = x.double() / expand(c.into, x.double())
+        x_0_hat = self.data.denoise(x_t, level.alpha, level.sigma)
+        return self.prediction.target(x_0_hat, x_t, c).to(x.dtype)

@@ -9,6 +9,8 @@ VERBS = {
     "train": "train a model, or resume the run in the same folder",
     "sample": "draw samples from a checkpoint: a picture and an .npz",
     "evaluate": "measure a checkpoint: metrics with their provenance",
+    "variance": "measure a checkpoint's posterior variance, for variance=analytic and optimal trajectories",
+    "likelihood": "bits per dimension of data under a checkpoint: the variational bound, or exact by the ODE",
 }
 
 USAGE = """usage: diffusion-trainer <verb> [group=option] [key=value] ...
@@ -17,7 +19,8 @@ verbs
 {verbs}
 
 `diffusion-trainer <verb> --help` lists the groups, their options and all keys; `<verb> --config [overrides]` prints the
-configuration and stops. Start with: diffusion-trainer train experiment=digits"""
+configuration and stops. `<verb> -m key=a,b other=range(1,4)` (--multirun) runs every combination, one after the other,
+and ends with a table of their metrics. Start with: diffusion-trainer train experiment=digits"""
 
 
 def main() -> None:
@@ -40,14 +43,22 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"there is no verb {verb}; the verbs are {', '.join(VERBS)}")
     module = importlib.import_module(f"diffusion_trainer.apps.{verb}")  # each verb pays for its own imports
     flags = [o for o in overrides if o.startswith("-")]
+    overrides = [o for o in overrides if not o.startswith("-")]
     if any(f in ("-h", "--help") for f in flags):
         from diffusion_trainer.apps.help import describe
 
         print(describe(verb))
         return 0
     if flags == ["--config"]:
-        print(module.show([o for o in overrides if not o.startswith("-")]))
+        print(module.show(overrides))
         return 0
+    if flags in (["-m"], ["--multirun"]):
+        from diffusion_trainer.apps import multirun
+
+        return multirun.main(verb, module.show, overrides)
     if flags:
-        raise UserError(f"{flags[0]}: there is no such flag; the flags are --help and --config, all else is key=value")
+        raise UserError(
+            f"{' '.join(flags)}: there is no such flag; the flags are --help, --config and -m (--multirun), one at a "
+            "time, all else is key=value"
+        )
     return module.main(overrides)

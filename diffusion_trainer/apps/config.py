@@ -3,6 +3,9 @@
 All mistakes are reported at once, each with the nearest valid name (see nodes.py for the checks of each node).
 """
 
+import itertools
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -56,18 +59,59 @@ def load(verb: str, overrides: Sequence[str], schema: type[Schema], known: Mappi
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
+    parsed = _read(overrides)
+    for o in parsed:
+        if o.is_sweep_override():
+            raise UserError(f"{o.input_line}: several values are a sweep; add -m to run them one after the other")
+        if o.is_delete():
+            raise UserError(f"{o.input_line}: nothing can be deleted; set it to null instead")
+    return parsed
+
+
+def _read(overrides: Sequence[str]) -> list[Override]:
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise UserError(
             f"cannot read the arguments: {_first_line(error)}\nThey look like group=option or key=value"
         ) from error
-    for o in parsed:
-        if o.is_sweep_override():
-            raise UserError(f"{o.input_line}: several values are a sweep, which this command does not do; give one")
-        if o.is_delete():
-            raise UserError(f"{o.input_line}: nothing can be deleted; set it to null instead")
-    return parsed
+
+
+def expand(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """The product of all sweeps, the last one turning fastest: each point's overrides and which of them are swept."""
+    parsed = _read(overrides)
+    given = Counter(o.key_or_group for o in parsed)
+    sweeps = [o for o in parsed if o.is_sweep_override()]
+    if not sweeps:
+        raise UserError("a sweep needs a key with several values: key=a,b or key=range(1,4) or key=choice(a,b)")
+    for o in sweeps:
+        if given[o.key_or_group] > 1:
+            raise UserError(f"{o.input_line}: {o.key_or_group} is given twice; give its values once: key=a,b")
+    points = itertools.product(*(_values(o) if o in sweeps else [o.input_line] for o in parsed))
+    return [(list(p), [text for text, o in zip(p, parsed, strict=True) if o in sweeps]) for p in points]
+
+
+def _values(sweep: Override) -> list[str]:
+    if sweep.value_type not in (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP, ValueType.RANGE_SWEEP):
+        raise UserError(f"{sweep.input_line}: its values are not known; list them: key=a,b, choice(a,b), range(1,4)")
+    key = sweep.get_key_element()
+    values = [
+        assignment(key, value) if isinstance(value, str) and not _is_plain(value) else f"{key}={text}"
+        for value, text in zip(sweep.sweep_iterator(), sweep.sweep_string_iterator(), strict=True)
+    ]
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"{sweep.input_line}: " + ("a value stands twice; once is enough" if values else "is empty"))
+    return values
+
+
+def _is_plain(text: str) -> bool:
+    # Hydra forgets the quotes inside choice(...): '1' would come back as a number, "it's" not at all.
+    return bool(re.fullmatch(r"[A-Za-z0-9_./-]+", text)) and _read([f"key={text}"])[0].value() == text
+
+
+def assignment(key: str, text: str) -> str:
+    """The override that sets a key to just this text, whatever characters it has."""
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 
 def value_of(overrides: Sequence[str], key: str) -> Any:
@@ -114,9 +158,9 @@ def _check_keys(config, overrides: Sequence[Override]) -> None:
 
 
 def _names(node: Any, path: str = "") -> Iterator[str]:
-    """Every dotted key."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
+    """Every dotted key; the items of a list are numbered."""
+    if isinstance(node, Mapping | list):
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
             name = f"{path}.{key}" if path else str(key)
             yield name
             yield from _names(value, name)

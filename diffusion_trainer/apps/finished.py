@@ -8,15 +8,17 @@ from typing import Any, Literal
 import torch
 
 from diffusion_trainer.apps import config as configuration
-from diffusion_trainer.apps.nodes import Schema, build
-from diffusion_trainer.apps.parts import Parts, dtype_of
+from diffusion_trainer.apps import initial, statistics
+from diffusion_trainer.apps.initial import checkpoint_in, run_of
+from diffusion_trainer.apps.nodes import Schema
+from diffusion_trainer.apps.parts import Parts, check_sampling, dtype_of, generator_of
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
-from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
 from diffusion_trainer.training.ema import KEY
+from diffusion_trainer.training.model import Model
 
-FROM_THE_RUN = ("schedule", "prediction", "network", "conditioning", "data", "sampler", "guidance")
+FROM_THE_RUN = ("objective", "network", "conditioning", "data", "sampler", "variance", "guidance")
 
 
 class FinishedConfig(Schema):
@@ -28,12 +30,12 @@ class FinishedConfig(Schema):
     accelerator: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]
     allowed_targets: list[str]
-    schedule: dict
-    prediction: dict
+    objective: dict
     network: dict
     conditioning: dict
     data: dict
     sampler: dict
+    variance: dict
     guidance: dict
 
 
@@ -42,27 +44,11 @@ def load(verb: str, overrides: Sequence[str], schema: type[Schema], groups: Sequ
     named = configuration.value_of(overrides, "checkpoint")
     if named is None:
         raise UserError(f"checkpoint is missing: say checkpoint=runs/<name>, as in {verb} checkpoint=runs/digits")
-    run = configuration.read(run_of(checkpoint_in(Path(str(named)))) / "config.yaml")
+    checkpoint = checkpoint_in(Path(str(named)))
+    run = configuration.read(run_of(checkpoint) / "config.yaml")
     known = {name: run[name] for name in groups if name in run}
-    return configuration.load(verb, overrides, schema, known)
-
-
-def checkpoint_in(path: Path) -> Path:
-    """The checkpoint folder that a path means: itself, or the newest of a run; UserError if there is none."""
-    if (path / "manifest.json").is_file():
-        return path
-    newest = checkpoints.latest(path / "checkpoints")
-    if newest is None:
-        raise UserError(
-            f"checkpoint={path}: there is no checkpoint; give a run's folder (runs/<name>) or one of its checkpoints"
-        )
-    return newest
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The folder of the run that wrote a checkpoint, as short as it can be said."""
-    run = checkpoint.resolve().parent.parent
-    return run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    config = configuration.load(verb, overrides, schema, known)
+    return statistics.resolve(config, checkpoint, config["weights"])
 
 
 @dataclass(frozen=True)
@@ -70,6 +56,7 @@ class Finished:
     """A model with the weights of a checkpoint, ready to draw from."""
 
     checkpoint: Checkpoint
+    model: Model
     generator: Generator
     parts: Parts
     device: torch.device
@@ -78,20 +65,10 @@ class Finished:
     def of(cls, config: Mapping[str, Any], seed: int) -> "Finished":
         checkpoint = Checkpoint(checkpoint_in(Path(config["checkpoint"])))
         device = _device(config["accelerator"])
-        parts = Parts.of(config)
-        model = parts.model(dtype_of(config["precision"], device.type)).to(device).eval().requires_grad_(False)
-        checkpoint.check_architecture({name: p.shape for name, p in model.named_parameters()})
-        kind = KEY if config["weights"] == "ema" else WEIGHT
-        if kind not in checkpoint.kinds:
-            raise UserError(f"checkpoint {checkpoint.folder} has no {config['weights']} weights; use weights=raw")
-        model.load_state_dict(checkpoint.whole(kind), strict=True)
-        allowed = config["allowed_targets"]
-        generator = Generator(
-            model.denoiser(parts.schedule, parts.prediction), parts.schedule,
-            build(config["sampler"], "sampler", allowed), build(config["guidance"], "guidance", allowed),
-            build(config["data"], "data", allowed).image_shape, device, seed,
-        )  # fmt: skip
-        return cls(checkpoint, generator, parts, device)
+        parts, model = loaded(config, checkpoint, config["weights"], device)
+        check_sampling(config)
+        generator = generator_of(config, model, parts.objective, device, seed)
+        return cls(checkpoint, model, generator, parts, device)
 
     def provenance(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights, and how they were drawn from."""
@@ -99,8 +76,23 @@ class Finished:
             "checkpoint": str(self.checkpoint.folder),
             "images_seen": self.checkpoint.images_seen,
             "seed": self.generator.seed,
-            **{name: config[name] for name in ("weights", "sampler", "guidance", "precision")},
+            **{name: config[name] for name in ("weights", "sampler", "variance", "guidance", "precision")},
         }
+
+
+def loaded(
+    config: Mapping[str, Any], checkpoint: Checkpoint, weights: str, device: torch.device
+) -> tuple[Parts, Model]:
+    """The model that a run's configuration describes, with the weights ("ema" or "raw") of its checkpoint."""
+    parts = Parts.of(config)
+    model = parts.model(dtype_of(config["precision"], device.type)).to(device).eval().requires_grad_(False)
+    trained = {name: p.shape for name, p in model.named_parameters() if parts.objective.trains(name)}
+    checkpoint.check_architecture(trained)
+    kind = KEY if weights == "ema" else WEIGHT
+    if kind not in checkpoint.kinds:
+        raise UserError(f"checkpoint {checkpoint.folder} has no {weights} weights; use weights=raw")
+    model.load_state_dict({**initial.read(run_of(checkpoint.folder)), **checkpoint.whole(kind)}, strict=True)
+    return parts, model
 
 
 def _device(accelerator: str) -> torch.device:

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "logger",
     "evaluation",
     "sampler",
+    "variance",
     "guidance",
 )
 MAY_CHANGE_INSIDE = ("data.num_workers", "data.shards")

@@ -61,13 +61,17 @@ def _check_node(node: Any, path: str, allowed: tuple[str, ...]) -> Iterator[str]
     for key, value in given.items():
         if key not in parameters:
             yield f"{path}.{key}: there is no such option{hint(f'{path}.{key}', [f'{path}.{p}' for p in parameters])}"
-        elif isinstance(value, Mapping) and "_target_" in value:
+        elif any(isinstance(part, Mapping) and "_target_" in part for part in _parts(value)):
             yield from _check_node(value, f"{path}.{key}", allowed)
         else:
             yield from _check_type(value, parameters[key].annotation, f"{path}.{key}")
     for p in parameters.values():
         if p.default is p.empty and p.name not in given:
             yield f"{path}.{p.name} is missing: say {path}.{p.name}=..."
+
+
+def _parts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _check_type(value: Any, annotation: Any, path: str) -> Iterator[str]:

@@ -10,8 +10,8 @@ from torch import nn
 from diffusion_trainer.apps.nodes import Schema, build
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.process.predictions import Prediction
-from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.evaluation.generate import Generator
+from diffusion_trainer.objectives.base import Objective
 from diffusion_trainer.training.model import Model
 
 
@@ -20,6 +20,8 @@ class TrainConfig(Schema):
 
     name: str
     folder: str
+    init_from: str | None
+    second_head: bool
     seed: int
     num_images: int
     batch_size: int
@@ -38,6 +40,7 @@ class TrainConfig(Schema):
     optimizer: dict
     ema: dict
     sampler: dict
+    variance: dict
     guidance: dict
     evaluation: dict | None
     callbacks: dict
@@ -57,35 +60,69 @@ def dtype_of(precision: str, device: str) -> torch.dtype:
 class Parts:
     """What training, sampling and evaluation have in common."""
 
-    schedule: Schedule
-    prediction: Prediction
     network: nn.Module
     conditioning: Conditioning
+    objective: Objective
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], seed: int = 0) -> "Parts":
-        """Builds network and conditioning with weights that depend on the seed alone."""
+    def of(cls, config: Mapping[str, Any], seed: int = 0, device: str = "cpu") -> "Parts":
+        """Builds network, conditioning and objective with weights that depend on the seed alone.
+
+        device meta gives network and conditioning without memory for their weights.
+        """
         allowed = config.get("allowed_targets", ())
         torch.manual_seed(seed)
-        return cls(
-            *(build(config[name], name, allowed) for name in ("schedule", "prediction", "network", "conditioning"))
-        )
+        with torch.device(device):
+            network, conditioning = (build(config[name], name, allowed) for name in ("network", "conditioning"))
+        return cls(network, conditioning, build(config["objective"], "objective", allowed))
 
     def model(self, dtype: torch.dtype) -> Model:
-        return Model(self.network, self.conditioning, dtype)
+        """With just the parameters that the objective trains requiring gradients."""
+        model = Model(self.network, self.conditioning, dtype, self.objective.learned)
+        for name, p in model.named_parameters():
+            p.requires_grad_(self.objective.trains(name))
+        return model
+
+
+def generator_of(
+    config: Mapping[str, Any], model: Model, objective: Objective, device: torch.device, seed: int
+) -> Generator:
+    """Draws from a model as it is now: a learned schedule is the one of this moment."""
+    allowed = config["allowed_targets"]
+    schedule = objective.schedule.frozen()
+    sampler, variance, guidance, data = (
+        build(config[g], g, allowed) for g in ("sampler", "variance", "guidance", "data")
+    )
+    denoiser = model.denoiser(schedule, objective.prediction)
+    return Generator(denoiser, schedule, sampler, variance, guidance, data.image_shape, device, seed)
+
+
+def check_sampling(config: Mapping[str, Any]) -> None:
+    """UserError if sampler, schedule, prediction and variance do not go together."""
+    allowed = config["allowed_targets"]
+    objective, sampler, variance = (build(config[g], g, allowed) for g in ("objective", "sampler", "variance"))
+    try:
+        sampler.plan(objective.schedule.frozen(), variance)
+    except ValueError as error:
+        raise UserError(f"sampler: {error}") from error
+    needs_second = variance.needs_second
+    if needs_second and not objective.second:
+        raise UserError(
+            f"variance: {type(variance).__name__} reads a second output of the network, which objective="
+            f"{type(objective).__name__} does not train; use variance=beta_tilde, or train with {needs_second}"
+        )
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Names and shapes of the model's parameters, without memory for them."""
-    with torch.device("meta"):
-        model = Parts.of(config).model(torch.float32)
+    model = Parts.of(config, device="meta").model(torch.float32)
     return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
 def check_network(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
     """UserError if the network does not take such images, or its conditioning's vector."""
+    parts = Parts.of(config, device="meta")
     with torch.device("meta"):
-        parts = Parts.of(config)
         try:
             x = torch.zeros(2, *image_shape)
             labels = torch.zeros(2, dtype=torch.int64) if parts.conditioning.fields else None
@@ -95,5 +132,9 @@ def check_network(config: Mapping[str, Any], image_shape: tuple[int, int, int]) 
                 f"network: it does not take images of {'x'.join(map(str, image_shape))} with a condition of "
                 f"{parts.conditioning.dim} numbers ({str(error).splitlines()[0]})"
             ) from error
-    if out.shape != x.shape:
-        raise UserError(f"network: it makes {tuple(out.shape[1:])} of images {image_shape}; the shapes must be equal")
+    channels = image_shape[0] * (2 if parts.objective.second else 1)
+    if out.shape != (2, channels, *image_shape[1:]):
+        raise UserError(
+            f"network: it makes {tuple(out.shape[1:])} of images {image_shape}; with this objective it must make "
+            f"{(channels, *image_shape[1:])}"
+        )

@@ -11,12 +11,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+from torch import distributed
+
+from diffusion_trainer.training.agreement import Agreement
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a rank that was told to
 GRACE_SECONDS = 20  # between asking the other ranks to stop and killing them
@@ -51,6 +55,24 @@ def current() -> World | None:
         env.setdefault("NODE_RANK", env.get("GROUP_RANK", "0"))  # torchrun's name for it
         return World(int(env.get("RANK", env["LOCAL_RANK"])), size, max(1, size // local_size), False)
     return None
+
+
+@contextmanager
+def agreeing() -> Iterator[Agreement]:
+    """The ranks that torchrun or srun has started, talking over gloo; this process alone where nobody has."""
+    world = current()
+    if world is None or world.size == 1:
+        yield Agreement()
+        return
+    environment = world.environment()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(environment.local_rank())
+    address = f"tcp://{environment.main_address}:{environment.main_port}"
+    distributed.init_process_group("gloo", init_method=address, rank=world.rank, world_size=world.size)
+    try:
+        yield Agreement()
+    finally:
+        distributed.destroy_process_group()
 
 
 def _free_port() -> int:

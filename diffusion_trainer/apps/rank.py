@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from lightning.pytorch import Callback, Trainer
 import diffusion_trainer
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import processes
+from diffusion_trainer.apps import initial, processes
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import Parts, dtype_of
+from diffusion_trainer.apps.parts import Parts, dtype_of, generator_of
 from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.observing import Observing
 from diffusion_trainer.callbacks.run import Run, RunCallback
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.streaming.datamodule import Layout
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
@@ -37,7 +38,7 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
         build(config["trainer"], "trainer", config["allowed_targets"]),
         build(config["strategy"], "strategy", config["allowed_targets"]),
     )
-    module = module_of(config, progress, trainer_settings.device())
+    module = module_of(config, folder, progress, trainer_settings.device())
     newest = checkpoints.latest(folder / "checkpoints")
     checkpoint = checkpoints.Checkpoint(newest) if newest else None
     started_at = checkpoint.images_seen if checkpoint else 0
@@ -50,6 +51,8 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
         for name, node in config["callbacks"].items()
         if node is not None
     ]
+    if module.objective.observes:
+        callbacks.insert(0, Observing())
     begin = _Begin(config, folder, module, strategy, checkpoint, callbacks)
     trainer = trainer_settings.build(
         strategy, world.nodes, world.local_size, world.environment(), progress.num_images // progress.batch_size,
@@ -69,11 +72,13 @@ def progress_of(config: Mapping[str, Any]) -> Progress:
     return Progress(config["seed"], config["batch_size"], config["lanes"], steps * config["batch_size"])
 
 
-def module_of(config: Mapping[str, Any], progress: Progress, device: str) -> DiffusionModule:
+def module_of(config: Mapping[str, Any], folder: Path, progress: Progress, device: str) -> DiffusionModule:
     allowed = config["allowed_targets"]
-    model = Parts.of(config, config["seed"]).model(dtype_of(config["precision"], device))
-    objective, optimizer, ema = (build(config[name], name, allowed) for name in ("objective", "optimizer", "ema"))
-    return DiffusionModule(model, objective, optimizer, ema, progress, config["condition_dropout"])
+    parts = Parts.of(config, config["seed"])
+    model = parts.model(dtype_of(config["precision"], device))
+    initial.apply(model, initial.read(folder), config["init_from"])
+    optimizer, ema = (build(config[name], name, allowed) for name in ("optimizer", "ema"))
+    return DiffusionModule(model, parts.objective, optimizer, ema, progress, config["condition_dropout"])
 
 
 def loggers_of(config: Mapping[str, Any], folder: Path, rank: int, started_at: int) -> list:
@@ -107,14 +112,9 @@ class _Begin(Callback):
         if self.checkpoint is not None:
             checkpoints.load(self.checkpoint, sharding)
             module.images_seen, state = self.checkpoint.images_seen, self.checkpoint.manifest["state"]
-        allowed = config["allowed_targets"]
-        evaluation = build(config["evaluation"], "evaluation", allowed)
-        data = build(config["data"], "data", allowed)
-        generator = Generator(
-            module.model.denoiser(module.objective.schedule, module.objective.prediction), module.objective.schedule,
-            build(config["sampler"], "sampler", allowed), build(config["guidance"], "guidance", allowed),
-            data.image_shape, device, evaluation.seed if evaluation else config["seed"],
-        )  # fmt: skip
+        evaluation = build(config["evaluation"], "evaluation", config["allowed_targets"])
+        seed = evaluation.seed if evaluation else config["seed"]
+        generator = partial(generator_of, config, module.model, module.objective, device, seed)
         state["provenance"] = provenance(config, str(device))
         prepared = evaluation.prepare(device, agreement) if evaluation else None
         self.run = Run(self.folder, module, trainer, agreement, sharding, generator, prepared, state)
@@ -133,6 +133,7 @@ def provenance(config: Mapping[str, Any], device: str) -> dict[str, Any]:
     """What a number measured in this run must carry besides the evaluation's own."""
     return {
         "sampler": config["sampler"],
+        "variance": config["variance"],
         "guidance": config["guidance"],
         "ema": config["ema"],
         "precision": config["precision"],

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from diffusion_trainer.apps.config import dump
-from diffusion_trainer.apps.finished import Finished, FinishedConfig, load, run_of
+from diffusion_trainer.apps.finished import Finished, FinishedConfig, load
+from diffusion_trainer.apps.initial import run_of
+from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation import pictures
-from diffusion_trainer.training.module import to_pixels
+from diffusion_trainer.evaluation.modes import Answer, Request
 
 
 class SampleConfig(FinishedConfig):
@@ -23,6 +25,7 @@ class SampleConfig(FinishedConfig):
     seed: int
     batch_size: int
     label: int | None
+    mode: dict
 
 
 def show(overrides: Sequence[str]) -> str:
@@ -33,18 +36,23 @@ def main(overrides: Sequence[str]) -> int:
     config = load("sample", overrides, SampleConfig)
     if config["n"] < 1 or config["batch_size"] < 1:
         raise UserError(f"n={config['n']} and batch_size={config['batch_size']} must be positive")
+    mode, data = (build(config[g], g, config["allowed_targets"]) for g in ("mode", "data"))
     finished = Finished.of(config, config["seed"])
-    conditions = conditions_of(config, finished.parts.conditioning)
+    conditioning = finished.parts.conditioning
+    conditions = conditions_of(config, conditioning)
     start = time.monotonic()
-    batches = finished.generator.batches(conditions, config["n"], config["batch_size"])
-    images = torch.cat([to_pixels(x_0).cpu() for x_0, _ in batches])
+    try:
+        answer = mode(Request(finished.generator, data, conditioning, conditions, config["n"], config["batch_size"]))
+    except ValueError as error:
+        raise UserError(f"sampler: {error}") from error
     out = out_of(config, finished)
     try:
-        write(out, images, conditions, finished.provenance(config))
+        write(out, answer, finished.provenance(config))
     except OSError as error:
         raise UserError(f"out={out} cannot be written ({error}); choose another out=...") from error
     seconds = time.monotonic() - start
-    print(f"{config['n']} samples in {seconds:.1f} s: {out}.png and {out}.npz (images, label, provenance)")
+    names = ", ".join(["images", *answer.arrays, "provenance"])
+    print(f"{answer.says}, in {seconds:.1f} s: {out}.png and {out}.npz ({names})")
     return 0
 
 
@@ -62,16 +70,18 @@ def conditions_of(config: Mapping[str, Any], conditioning: Conditioning) -> Tens
 def out_of(config: Mapping[str, Any], finished: Finished) -> Path:
     if config["out"] is not None:
         return Path(config["out"])
+    kind = config["mode"]["_target_"].rsplit(".", 1)[-1].lower()
     label = "all" if config["label"] is None else config["label"]
-    return run_of(finished.checkpoint.folder) / "drawn" / f"label-{label}-seed-{config['seed']}"
+    name = f"label-{label}-seed-{config['seed']}"
+    return run_of(finished.checkpoint.folder) / "drawn" / (name if kind == "draw" else f"{kind}-{name}")
 
 
-def write(out: Path, images: Tensor, labels: Tensor | None, provenance: Mapping[str, Any]) -> None:
-    pictures.save(
-        pictures.grid(images, columns_for(len(images)), pictures.scale_for(images.shape[2])), Path(f"{out}.png")
-    )
+def write(out: Path, answer: Answer, provenance: Mapping[str, Any]) -> None:
+    images = answer.images
+    columns = answer.columns or columns_for(len(images))
+    pictures.save(pictures.grid(images, columns, pictures.scale_for(images.shape[2])), Path(f"{out}.png"))
     part = out.with_name(f".{out.name}.part.npz")
-    arrays = {} if labels is None else {"label": labels.numpy()}
+    arrays = {name: array.numpy() for name, array in answer.arrays.items()}
     np.savez(part, images=images.numpy(), provenance=json.dumps(provenance), **arrays)
     part.replace(f"{out}.npz")
 

@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import processes
+from diffusion_trainer.apps import initial, processes
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, parameter_shapes
+from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, check_sampling, parameter_shapes
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.evaluation import Evaluation
@@ -41,6 +43,7 @@ def main(overrides: Sequence[str]) -> int:
     with folders.held(folder) if first else nullcontext() as lock:
         if first:
             folders.write_config(folder, config)
+            initial.write(folder, config["init_from"])
             announce(config, size, trainer.device(), folder)
         if world is None:
             code = processes.spawn(["-m", "diffusion_trainer.apps.start", str(folder)], count, folder / "logs", (lock,))
@@ -59,12 +62,14 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> None:
     """UserError for what can be known to fail before a process or a device is touched."""
     sizes(config, world)
     allowed = config["allowed_targets"]
-    for group in ("objective", "optimizer", "ema", "sampler", "guidance", "callbacks", "logger"):
+    for group in ("optimizer", "ema", "guidance", "callbacks", "logger"):
         build(config[group], group, allowed)
+    check_sampling(config)
     folders.check(folder, config)
     data = build(config["data"], "data", allowed)
     check_data(config, data)
     check_network(config, data.image_shape)
+    initial.check(Parts.of(config, device="meta").model(torch.float32), config, folder)
     evaluation = build(config["evaluation"], "evaluation", allowed)
     if evaluation is not None:
         check_evaluation(config, data, evaluation)

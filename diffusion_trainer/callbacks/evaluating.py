@@ -9,6 +9,7 @@ from diffusion_trainer.callbacks.loggers import log_picture
 from diffusion_trainer.callbacks.run import RunCallback, crossed
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.evaluation.evaluation import Interrupted
+from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.ema import KEY
 from diffusion_trainer.training.module import to_pixels
 
@@ -40,8 +41,9 @@ class Evaluating(RunCallback):
         start = monotonic()
         try:
             with run.aside(), _evaluation_mode(run.module), run.sharding.swapped(KEY) as averaged:
-                metrics = self._metrics()
-                picture = self._picture()
+                generator = run.generator()
+                metrics = self._metrics(generator)
+                picture = self._picture(generator)
         except Interrupted:
             run.state[DUE] = True  # the run is stopping; it is evaluated when it goes on
             return
@@ -56,18 +58,18 @@ class Evaluating(RunCallback):
             for logger in run.trainer.loggers:
                 log_picture(logger, "eval/samples", picture, run.images_seen)
 
-    def _metrics(self) -> dict[str, float]:
+    def _metrics(self, generator: Generator) -> dict[str, float]:
         run = self.run
         if run.evaluation is None:
             return {}
         conditional = bool(run.module.model.conditioning.fields)
-        return run.evaluation(run.generator, conditional, lambda: run.stop_signal is not None)
+        return run.evaluation(generator, conditional, lambda: run.stop_signal is not None)
 
-    def _picture(self):
+    def _picture(self, generator: Generator):
         """A grid of ROWS x COLUMNS samples, always the same numbers; ten classes stand one to a column."""
         # Every rank draws them all: as many calls on each, and no gathering.
         conditions = self.run.module.model.conditioning.examples(ROWS * COLUMNS)
-        x_0 = self.run.generator.draw(list(range(ROWS * COLUMNS)), conditions)
+        x_0 = generator.draw(list(range(ROWS * COLUMNS)), conditions)
         return pictures.grid(to_pixels(x_0), COLUMNS, pictures.scale_for(x_0.shape[2]))
 
     def finish(self) -> None:

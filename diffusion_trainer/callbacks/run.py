@@ -1,6 +1,6 @@
 """What the callbacks of one run share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ class Run:
     trainer: Trainer
     agreement: Agreement
     sharding: Sharding
-    generator: Generator
+    generator: Callable[[], Generator]  # of the weights as they are when it is called
     evaluation: Prepared | None
     state: dict[str, Any] = field(default_factory=dict)  # saved with each checkpoint
     stop_signal: int | None = None

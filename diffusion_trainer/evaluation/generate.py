@@ -1,13 +1,14 @@
 """Samples by number: sample i is a function of (seed, i), and every rank calls the network equally often."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.variances import PosteriorVariance
 from diffusion_trainer.sampling.guidance import Guidance
 from diffusion_trainer.sampling.noise import SampleNoise
 from diffusion_trainer.sampling.sampler import Sampler
@@ -20,6 +21,7 @@ class Generator:
     denoiser: Denoiser
     schedule: Schedule
     sampler: Sampler
+    variance: PosteriorVariance
     guidance: Guidance
     shape: tuple[int, ...]  # of one sample
     device: torch.device
@@ -29,7 +31,31 @@ class Generator:
         """x_0 (len(samples), *shape) of these numbers; condition: (len(samples), ...), theirs, or None."""
         noise = SampleNoise(self.seed, samples, self.shape, self.device)
         condition = None if condition is None else condition.to(self.device)
-        return self.sampler(self.guidance(self.denoiser), self.schedule, noise(), condition, noise)
+        return self.sampler(self.guidance(self.denoiser), self.schedule, self.variance, noise(), condition, noise)
+
+    def map(self, x_T: Tensor, condition: Tensor | None) -> Tensor:
+        """x_0 (B, ...) of given x_T (B, ...), by a sampler that draws no noise of its own; condition: (B, ...) or
+        None.
+        """
+        condition = None if condition is None else condition.to(self.device)
+
+        def no_noise() -> Tensor:
+            raise ValueError(f"{type(self.sampler.solver).__name__} draws noise: it is no map from x_T to x_0")
+
+        return self.sampler(self.guidance(self.denoiser), self.schedule, self.variance, x_T, condition, no_noise)
+
+    def in_steps(self, num_steps: int) -> "Generator":
+        return replace(self, sampler=replace(self.sampler, num_steps=num_steps))
+
+    def encode(self, x_0: Tensor, condition: Tensor | None) -> Tensor:
+        """x_0 -> x_T, (B, ...) both, without guidance; ValueError if the sampler draws noise."""
+        condition = None if condition is None else condition.to(self.device)
+        return self.sampler.encode(self.denoiser, self.schedule, x_0, condition)
+
+    def decode(self, x_T: Tensor, condition: Tensor | None) -> Tensor:
+        """The inverse of `encode`."""
+        condition = None if condition is None else condition.to(self.device)
+        return self.sampler.decode(self.denoiser, self.schedule, x_T, condition)
 
     def batches(
         self, conditions: Tensor | None, count: int, batch_size: int, rank: int = 0, world: int = 1

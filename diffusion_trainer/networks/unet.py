@@ -57,8 +57,24 @@ class Attention(nn.Module):
         return x + self.out(h)
 
 
+class SecondHead(nn.Module):
+    """The last features (B, into, H, W) -> (B, channels, H, W), for what else is to be known of x_0 (Bao et al.
+    2022b).
+    """
+
+    def __init__(self, into: int, channels: int, dim: int, groups: int):
+        super().__init__()
+        self.block = ResidualBlock(into, into, dim, groups, dropout=0.0)
+        self.norm, self.conv = nn.GroupNorm(groups, into), nn.Conv2d(into, channels, 3, padding=1)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(F.silu(self.norm(self.block(h, embedding))))
+
+
 class UNet(nn.Module):
     """F(x, c_noise, embedding of the condition) -> (B, channels, H, W), the shape of x.
+
+    With a second head, (B, 2 * channels, H, W): F, and a second output for objectives that need one.
 
     channel_multipliers: one per resolution, each half of the one before, so H and W must divide by 2^(levels - 1).
     attention_levels: numbers of the resolutions (0 is the full one) whose blocks are followed by self-attention.
@@ -75,6 +91,7 @@ class UNet(nn.Module):
         head_channels: int = 32,
         groups: int = 8,
         dropout: float = 0.0,
+        second_head: bool = False,
     ):
         super().__init__()
         _check(channels, base_channels, channel_multipliers, blocks_per_level, attention_levels, head_channels, groups)
@@ -108,6 +125,7 @@ class UNet(nn.Module):
             if level:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
         self.norm_out, self.conv_out = nn.GroupNorm(groups, width), nn.Conv2d(width, channels, 3, padding=1)
+        self.second_head = SecondHead(width, channels, dim, groups) if second_head else None
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -119,8 +137,9 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 nn.init.zeros_(module.out.weight)
                 nn.init.zeros_(module.out.bias)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for out in [self.conv_out] + ([self.second_head.conv] if self.second_head else []):
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(out.bias)
 
     def check_size(self, height: int, width: int) -> None:
         """ValueError if images of this size cannot be halved as often as the levels ask."""
@@ -146,7 +165,8 @@ class UNet(nn.Module):
                 h = _apply(layer, torch.cat([h, skips.pop()], dim=1), embedding)
             else:
                 h = layer(F.interpolate(h, scale_factor=2, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, channels, H, W)
+        out = self.conv_out(F.silu(self.norm_out(h)))  # (B, channels, H, W)
+        return out if self.second_head is None else torch.cat([out, self.second_head(h, embedding)], dim=1)
 
 
 def _apply(layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:

@@ -2,18 +2,24 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from math import cos, pi, sin
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import jvp
+
+from diffusion_trainer.process.levels import Level, levels
 
 
 class Schedule(ABC):
-    """A decreasing log-SNR. `t_range` is where it is finite: training draws t there, sampling ends by a jump to 0.
+    """A decreasing log-SNR. `t_range` is where training draws t; sampling starts at its noisy end, and from its last
+    time jumps to 0. alpha may be 0 at the noisy end, and only there; sigma(0) = 0.
 
     All methods map elementwise, any shape, and keep the dtype.
     """
+
+    variance_preserving: ClassVar[bool] = False  # alpha^2 + sigma^2 = 1; a property where it depends on the fields
 
     @property
     @abstractmethod
@@ -26,10 +32,35 @@ class Schedule(ABC):
     def sigma(self, t: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def t_of_log_snr(self, log_snr: Tensor) -> Tensor: ...
+    def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The inverse of `log_snr`; 0 at +inf."""
 
     def log_snr(self, t: Tensor) -> Tensor:
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def snr_rate(self, t: Tensor) -> Tensor:
+        """-d SNR / dt: SNR times -d log_snr / dt, but finite where there is no signal."""
+
+        def snr(t: Tensor) -> Tensor:
+            return (self.alpha(t) / self.sigma(t)) ** 2
+
+        return -jvp(snr, (t,), (torch.ones_like(t),))[1]
+
+    def level(self, t: Tensor) -> Level:
+        return Level(t, self.alpha(t), self.sigma(t))
+
+    @property
+    def at_noisy_end(self) -> Level:
+        return levels(self, [self.t_range[1]])[0]
+
+    @property
+    def learned(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters train with the network's."""
+        return ()
+
+    def frozen(self) -> "Schedule":
+        """The schedule as it is now, without parameters: what sampling uses."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -40,6 +71,7 @@ class Cosine(Schedule):
     the range of t just before (`t_max`). Variance preserving.
     """
 
+    variance_preserving: ClassVar[bool] = True
     offset: float = 0.008
     t_min: float = 0.001
     t_max: float = 0.999
@@ -70,56 +102,74 @@ class Cosine(Schedule):
         return (rise.sin() * (theta + self._theta_0).sin()).sqrt() / cos(self._theta_0)
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        alpha_squared, sigma_squared = log_snr.sigmoid(), (-log_snr).sigmoid()
+        alpha, sigma_squared = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid()
         c, s = cos(self._theta_0), sin(self._theta_0)
-        theta = torch.atan2((s**2 + c**2 * sigma_squared).sqrt(), c * alpha_squared.sqrt())
-        return theta * (2 / pi) * (1 + self.offset) - self.offset
+        # theta itself less theta_0 would cancel near t = 0: sine and cosine of the difference do not.
+        sin_theta = (s**2 + c**2 * sigma_squared).sqrt()
+        rise = torch.atan2(c * sigma_squared / (sin_theta + alpha * s), c**2 * alpha + sin_theta * s)
+        return rise * (2 / pi) * (1 + self.offset)
 
 
 @dataclass(frozen=True)
-class LinearBeta(Schedule):
-    """beta_k linear in k = 1..num_timesteps, alpha(k/T)^2 = prod_{j<=k} (1 - beta_j) (Ho et al. 2020, section 4).
+class EDM(Schedule):
+    """alpha = 1, sigma = sigma_max t (Karras et al. 2022, table 1, whose time is sigma itself).
 
-    Between the steps log alpha^2 is linear in t, so the discrete process is met exactly at t = k/T and the inverse is
-    exact everywhere. Variance preserving.
+    sigma_min is the clean end of the range; Karras et al. space their steps by sigma^(1/7), not by t.
     """
 
-    num_timesteps: int = 1000
-    beta_first: float = 1e-4
-    beta_last: float = 0.02
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
 
     def __post_init__(self):
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, not {self.num_timesteps}")
-        if not 0 < self.beta_first <= self.beta_last < 1:
-            raise ValueError(f"0 < beta_first <= beta_last < 1 must hold, not {self.beta_first} and {self.beta_last}")
+        check_sigmas(self.sigma_min, self.sigma_max)
 
     @property
     def t_range(self) -> tuple[float, float]:
-        return 1 / self.num_timesteps, 1.0
-
-    def log_alpha_squared(self, t: Tensor) -> Tensor:
-        table = _log_alpha_squared_table(self, t.device)
-        k = t.double() * self.num_timesteps
-        low = k.floor().long().clamp(0, self.num_timesteps - 1)
-        return torch.lerp(table[low], table[low + 1], k - low).to(t.dtype)
+        return self.sigma_min / self.sigma_max, 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
-        return (self.log_alpha_squared(t) / 2).exp()
+        return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self.log_alpha_squared(t).expm1().abs().sqrt()  # 1 - alpha^2, never a negative zero
+        return self.sigma_max * t
 
     def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        table = _log_alpha_squared_table(self, log_snr.device)
-        value = -torch.nn.functional.softplus(-log_snr.double())  # log sigmoid(log_snr) = log alpha^2
-        high = torch.searchsorted(-table, -value).clamp(1, self.num_timesteps)
-        part = (value - table[high - 1]) / (table[high] - table[high - 1])
-        return ((high - 1 + part) / self.num_timesteps).to(log_snr.dtype)
+        return (-log_snr / 2).exp() / self.sigma_max
 
 
-@lru_cache(maxsize=64)  # once per schedule and device: no host-to-device copy in the training step
-def _log_alpha_squared_table(schedule: LinearBeta, device: torch.device) -> Tensor:
-    """(T + 1,) float64: log prod_{j<=k} (1 - beta_j), k = 0..T."""
-    betas = torch.linspace(schedule.beta_first, schedule.beta_last, schedule.num_timesteps, dtype=torch.float64)
-    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)]).to(device)
+@dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """alpha = 1 - t, sigma = t: straight lines (Liu et al. 2023, eq. 1; Lipman et al. 2023, section 4.1).
+
+    Liu and Lipman count time the other way. With t_max = 1 the noisy end has no signal at all, and no log-SNR.
+    """
+
+    t_min: float = 0.001
+    t_max: float = 0.999
+
+    def __post_init__(self):
+        if not 0 < self.t_min < self.t_max <= 1:
+            raise ValueError(f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")
+
+    @property
+    def t_range(self) -> tuple[float, float]:
+        return self.t_min, self.t_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def t_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return (-log_snr / 2).sigmoid()
+
+
+def check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"0 < sigma_min < sigma_max must hold, not {sigma_min} and {sigma_max}")
+
+
+def check_t_min(t_min: float) -> None:
+    if not 0 < t_min < 1:
+        raise ValueError(f"t_min must lie in (0, 1), not {t_min}")

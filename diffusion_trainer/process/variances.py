@@ -1,37 +1,133 @@
-"""Variances of the reverse step x_t -> x_s, s < t, as used by ancestral samplers and by the variational bound."""
+"""The reverse step x_t -> x_s, s < t: its mean and its variance, for samplers and for the variational bound.
+
+All reverse variances live in one space, as all weights do: a variance is an estimate of Var[x_0 | x_t], and the step's
+own is `kept` + of_x_0^2 Var[x_0 | x_t] (the law of total variance; Bao et al. 2022, theorem 1).
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
-from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.levels import Level
 
 
-def transition_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
+class Estimate(NamedTuple):
+    """What a denoiser says of x_t, both (B, ...): x_0_hat = E[x_0 | x_t], and its network's second output if it has one
+    (what that means is for the variance to know that was trained with it).
+    """
+
+    x_0_hat: Tensor
+    second: Tensor | None = None
+
+
+def transition_variance(t: Level, s: Level) -> float | Tensor:
     """Var[x_t | x_s] = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2; for neighbours of a discrete DDPM it is beta_t."""
     # sigma_t^2 (1 - SNR_t / SNR_s): the ratio is 0 at s = 0, which needs no case of its own.
-    ratio = schedule.alpha(t) * schedule.sigma(s) / (schedule.alpha(s) * schedule.sigma(t))
-    return schedule.sigma(t) ** 2 * (1 - ratio**2)
+    ratio = t.alpha * s.sigma / (s.alpha * t.sigma)
+    return t.sigma**2 * (1 - ratio**2)
 
 
-class ReverseVariance(ABC):
+class ReverseStep(NamedTuple):
+    """q(x_s | x_t, x_0) = N(of_x_t x_t + of_x_0 x_0, kept), of the family that shares DDPM's marginals.
+
+    DDIM (Song et al. 2021, eq. 7 and 16): kept = eta^2 beta-tilde. eta 1 is DDPM (Ho et al. 2020, eq. 7), 0 keeps none.
+    Floats or (B,), as the levels are.
+    """
+
+    of_x_t: float | Tensor
+    of_x_0: float | Tensor
+    kept: float | Tensor
+
+    @classmethod
+    def of(cls, t: Level, s: Level, eta: float = 1.0) -> "ReverseStep":
+        if eta == 0:
+            of_x_t = s.sigma / t.sigma
+            return cls(of_x_t, s.alpha - of_x_t * t.alpha, 0 * of_x_t)
+        ratio = t.alpha * s.sigma / (s.alpha * t.sigma)  # its square is SNR_t / SNR_s
+        fresh = eta**2 * (1 - ratio**2)  # share of the variance at s that is drawn anew
+        of_x_t = s.sigma * (1 - fresh) ** 0.5 / t.sigma
+        return cls(of_x_t, s.alpha - of_x_t * t.alpha, s.sigma**2 * fresh)
+
+    def variance(self, of_x_0: float | Tensor) -> float | Tensor:
+        """Of the step, given Var[x_0 | x_t]: (B, ...) or whatever broadcasts to it."""
+        return self.kept + self.of_x_0**2 * of_x_0
+
+
+class PosteriorVariance(ABC):
+    """An estimate of Var[x_0 | x_t], from which the variance of every reverse step follows."""
+
+    needs_second: ClassVar[str | None] = None  # the objectives whose networks have the second output that it reads
+
     @abstractmethod
-    def __call__(self, schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-        """Variance of the reverse step from t to s, in the shape of t."""
+    def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
+        """For the step from t to s: the estimate of Var[x_0 | x_t], a number or what broadcasts to (B, ...).
+
+        What depends on the levels alone is computed here, once for a sampling run. ValueError without what it needs.
+        """
 
 
 @dataclass(frozen=True)
-class FixedSmall(ReverseVariance):
-    """beta-tilde, the variance of q(x_s | x_t, x_0); optimal for data in one point (Ho et al. 2020, eq. 7)."""
+class FixedSmall(PosteriorVariance):
+    """0, so that DDPM's step has beta-tilde: optimal for data in one point (Ho et al. 2020, section 3.2)."""
 
-    def __call__(self, schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-        return transition_variance(schedule, t, s) * (schedule.sigma(s) / schedule.sigma(t)) ** 2
+    def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
+        return lambda estimate: 0.0 * t.sigma
 
 
 @dataclass(frozen=True)
-class FixedLarge(ReverseVariance):
-    """beta, the variance of q(x_t | x_s); optimal for x_0 ~ N(0, I) (Ho et al. 2020, section 3.2)."""
+class FixedLarge(PosteriorVariance):
+    """What gives DDPM's step the variance beta = Var[x_t | x_s]: optimal for x_0 ~ N(0, I) where the
+    variance is preserved (Ho et al. 2020, section 3.2); there it is sigma_t^2.
+    """
 
-    def __call__(self, schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-        return transition_variance(schedule, t, s)
+    def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
+        value = t.sigma**2 * (t.sigma**2 - s.sigma**2) / (s.alpha**2 * transition_variance(t, s))
+        return lambda estimate: value
+
+
+@dataclass(frozen=True)
+class Learned(PosteriorVariance):
+    """exp(f log beta + (1 - f) log beta-tilde), f = (second + 1) / 2, as DDPM's step (Nichol and Dhariwal 2021, eq.
+    15).
+
+    Trained by objective=hybrid. To s = 0, where beta-tilde is 0, it is taken for half of beta (in their code it is the
+    next step's, which is that for betas that are nearly equal).
+    """
+
+    needs_second: ClassVar[str | None] = "objective=hybrid"
+
+    def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
+        step, variance = ReverseStep.of(t, s), self.of_step(t, s)
+        # In few steps of_x_0 is all there is; in many, v - kept is a small difference that must not turn negative.
+        return lambda estimate: (variance(estimate) - step.kept).clamp(min=0) / step.of_x_0**2
+
+    def of_step(self, t: Level, s: Level) -> Callable[[Estimate], Tensor]:
+        """The variance of DDPM's step itself, (B, ...). Unlike what `at` makes of it, it has a gradient below
+        beta-tilde.
+        """
+        beta, kept = transition_variance(t, s), ReverseStep.of(t, s).kept
+        beta, small = (torch.as_tensor(value, dtype=torch.float64) for value in (beta, kept))
+        small = torch.where(small > 0, small, beta / 2)
+        ratio = torch.log(beta / small)
+        return lambda estimate: small * torch.exp((estimate.second + 1) / 2 * ratio)
+
+
+@dataclass(frozen=True)
+class NoiseVariance(PosteriorVariance):
+    """(sigma / alpha)^2 Var[eps | x_t], the network's second output being Var[eps | x_t] (Bao et al. 2022b).
+
+    Trained by objective=npr or sn. At most `bound`: data in [-1, 1] has no larger variance.
+    """
+
+    bound: float | None = 1.0
+    needs_second: ClassVar[str | None] = "objective=npr or sn"
+
+    def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
+        if not t.alpha:  # x_t says nothing, and the residual of the noise is 0 / 0
+            return lambda estimate: self.bound or 0.0
+        factor = (t.sigma / t.alpha) ** 2
+        return lambda estimate: (factor * estimate.second).clamp(min=0, max=self.bound)

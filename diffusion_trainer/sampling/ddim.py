@@ -1,31 +1,54 @@
-"""DDIM (Song, Meng and Ermon 2021)."""
+"""DDIM and, with eta = 1, ancestral sampling of DDPM (Song, Meng and Ermon 2021; Ho, Jain and Abbeel 2020)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
 
-from diffusion_trainer.process.variances import FixedSmall
+from torch import Tensor
+
+from diffusion_trainer.process.levels import Level, levels
+from diffusion_trainer.process.variances import Estimate, ReverseStep
 from diffusion_trainer.sampling.solvers import Solver
+
+
+class _Plan(NamedTuple):
+    level: Level
+    step: ReverseStep
+    variance: Callable[[Estimate], float | Tensor]  # Var[x_0 | x_t]
 
 
 @dataclass(frozen=True)
 class DDIM(Solver):
-    """x_s = alpha_s x_0_hat + sqrt(sigma_s^2 - v) eps_hat + sqrt(v) z,  v = eta^2 beta-tilde  (eq. 12 and 16).
+    """x_s = alpha_s x_0_hat + sqrt(sigma_s^2 - v) eps_hat + sqrt(v + ...) z,  v = eta^2 beta-tilde  (eq. 12 and 16).
 
-    eta = 0 is the deterministic map, first-order accurate for the probability-flow ODE; eta = 1 is ancestral sampling
-    with the small variance.
+    eta 0 is the deterministic map, first-order accurate for the probability-flow ODE (and Euler's method in sigma /
+    alpha
+    or in t of a rectified flow); eta 1 is ancestral sampling (and "Euler ancestral" of the literature on sigmas). The
+    reverse variance adds its own part to v: Analytic-DDPM and Analytic-DDIM (Bao et al. 2022, eq. 8 and appendix G).
     """
 
     eta: float = 0.0
     order: ClassVar[int] = 1
+    uses_variance: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {self.eta}")
 
-    def step(self, denoise, schedule, x, t, s, state, noise):
-        x_0_hat = denoise(x, t)
-        eps_hat = (x - float(schedule.alpha(t)) * x_0_hat) / float(schedule.sigma(t))
-        variance = self.eta**2 * float(FixedSmall()(schedule, t, s))
-        kept = max(float(schedule.sigma(s)) ** 2 - variance, 0.0) ** 0.5
-        x = float(schedule.alpha(s)) * x_0_hat + kept * eps_hat
-        return (x + variance**0.5 * noise() if variance > 0 else x), state
+    @property
+    def deterministic(self) -> bool:
+        return self.eta == 0
+
+    def plan(self, schedule, times, variance):
+        return [
+            _Plan(t, ReverseStep.of(t, s, self.eta), variance.at(t, s)) for t, s in pairwise(levels(schedule, times))
+        ]
+
+    def step(self, denoise, x, plan, state, noise):
+        estimate = denoise(x, plan.level)
+        mean = (plan.step.of_x_t * x).add_(estimate.x_0_hat, alpha=plan.step.of_x_0)
+        variance = plan.step.variance(plan.variance(estimate))
+        if isinstance(variance, Tensor):
+            return mean + variance.to(x.dtype).sqrt() * noise(), state
+        return (mean.add_(noise(), alpha=variance**0.5) if variance > 0 else mean), state

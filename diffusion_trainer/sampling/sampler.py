@@ -1,15 +1,21 @@
-"""THE sampling loop."""
+"""THE sampling loop, in both directions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.process.denoiser import Denoiser
+from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.variances import Estimate, FixedSmall, PosteriorVariance
 from diffusion_trainer.sampling.grids import Grid
-from diffusion_trainer.sampling.solvers import Solver
+from diffusion_trainer.sampling.solvers import Denoise, Noise, Solver
+
+OnStep = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class Sampler:
     """A solver on a grid. `x_0_bound` clips each estimate of x_0 into [-bound, bound]; null leaves it as it is.
 
     (Clipping is Ho et al. 2020's; images live in [-1, 1], and where alpha is small a small error of eps is a large one
-    of x_0.)
+    of x_0.) The last of the num_steps steps, from the cleanest time of the grid to 0, is x_0_hat whatever the solver.
     """
 
     solver: Solver
@@ -28,36 +34,113 @@ class Sampler:
     def __post_init__(self):
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {self.num_steps}")
+        if 1 < self.num_steps < self.solver.history:
+            raise ValueError(
+                f"num_steps={self.num_steps} is too few for {_name(self.solver)}, whose steps combine "
+                f"{self.solver.history} estimates; use at least {self.solver.history} (or 1, which is x_0_hat itself)"
+            )
         if self.x_0_bound is not None and self.x_0_bound <= 0:
             raise ValueError(f"x_0_bound must be positive or null, not {self.x_0_bound}")
+
+    def plan(self, schedule: Schedule, variance: PosteriorVariance) -> tuple[list[Level], Sequence[Any]]:
+        """The levels that steps start from, cleanest last, and the solver's plan of the steps between them.
+
+        ValueError if solver, grid, schedule and variance do not go together.
+        """
+        if not self.solver.uses_variance and variance != FixedSmall():
+            raise ValueError(
+                f"{_name(self.solver)} has no use for the reverse variance {_name(variance)}; choose "
+                "variance=beta_tilde, or sampler=ddim or ancestral"
+            )
+        times = self.grid(schedule, self.num_steps)[:-1]
+        return levels(schedule, times), self.solver.plan(schedule, times, variance)
 
     @torch.no_grad()
     def __call__(
         self,
         denoiser: Denoiser,
         schedule: Schedule,
+        variance: PosteriorVariance,
         x_T: Tensor,
         condition: Tensor | None,
-        noise: Callable[[], Tensor],
-        on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+        noise: Noise,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """x_T: (B, ...), a standard normal -> x_0: (B, ...). noise() -> the next standard normal like x_T.
 
         Starts from sigma(t_max) x_T: what is left of the data at t_max, alpha(t_max) E[x_0], is taken for nothing.
 
-        on_step(i, x, x_0_hat) is called after each step with the tensors as they are.
+        on_step(i, x, x_0_hat) is called after each step with the tensors as they are. UserError if the network's
+        estimates are not finite.
         """
+        at, plan = self.plan(schedule, variance)
         seen: list[Tensor] = []
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            x_0_hat = denoiser(x, torch.full((len(x),), float(t), dtype=x.dtype, device=x.device), condition)
-            seen[:] = [x_0_hat if self.x_0_bound is None else x_0_hat.clamp(-self.x_0_bound, self.x_0_bound)]
-            return seen[0]
-
-        times, state = self.grid(schedule, self.num_steps), self.solver.init()
-        x = float(schedule.sigma(times[0])) * x_T
-        for i in range(self.num_steps):
-            x, state = self.solver.step(denoise, schedule, x, times[i], times[i + 1], state, noise)
+        denoise = self._denoise(denoiser, condition, seen)
+        x, state = at[0].sigma * x_T, self.solver.init()
+        for i, step in enumerate(plan):
+            x, state = self.solver.step(denoise, x, step, state, noise)
             if on_step is not None:
                 on_step(i, x, seen[0])
-        return x
+        x_0 = denoise(x, at[-1]).x_0_hat
+        if on_step is not None:
+            on_step(self.num_steps - 1, x_0, x_0)
+        return _finite(x_0, f"{_name(self.solver)} on {_name(schedule)}")
+
+    @torch.no_grad()
+    def encode(self, denoiser: Denoiser, schedule: Schedule, x_0: Tensor, condition: Tensor | None) -> Tensor:
+        """x_0 -> the x_T, both (B, ...), that the deterministic map takes to it: the same steps backwards (Song et al.
+        2021,
+        DDIM, section 4.3). alpha x_0 is taken for x at the cleanest time. ValueError for a solver that draws noise.
+        """
+        at, x = self._flow(denoiser, schedule, x_0, condition, encode=True)
+        return x / at.sigma
+
+    @torch.no_grad()
+    def decode(self, denoiser: Denoiser, schedule: Schedule, x_T: Tensor, condition: Tensor | None) -> Tensor:
+        """x_T -> x_0, the inverse of `encode`: it ends with x / alpha at the cleanest time, not with a jump to 0."""
+        at, x = self._flow(denoiser, schedule, x_T, condition, encode=False)
+        return x / at.alpha
+
+    def _flow(self, denoiser, schedule, start, condition, encode: bool) -> tuple[Level, Tensor]:
+        """The last level and x there, along the grid without its jump; encode: from its clean end to the noisy one."""
+        if not self.solver.deterministic:
+            raise ValueError(f"{_name(self.solver)} draws noise on its way, so that it has no inverse")
+        times = self.grid(schedule, self.num_steps)[:-1]
+        times = times.flip(0) if encode else times
+        at = levels(schedule, times)
+        denoise, state = self._denoise(denoiser, condition, []), self.solver.init()
+        x = (at[0].alpha if encode else at[0].sigma) * start
+        for step in self.solver.plan(schedule, times, FixedSmall()):
+            x, state = self.solver.step(denoise, x, step, state, _no_noise)
+        return at[-1], _finite(x, f"{_name(self.solver)} on {_name(schedule)}")
+
+    def _denoise(self, denoiser: Denoiser, condition: Tensor | None, seen: list[Tensor]) -> Denoise:
+        bound = self.x_0_bound
+
+        def denoise(x: Tensor, level: Level) -> Estimate:
+            estimate = denoiser(x, level, condition)
+            if bound is not None:
+                estimate = Estimate(estimate.x_0_hat.clamp(-bound, bound), estimate.second)
+            seen[:] = [estimate.x_0_hat]
+            return estimate
+
+        return denoise
+
+
+def _no_noise() -> Tensor:
+    raise AssertionError("a deterministic solver asked for noise")
+
+
+def _finite(x: Tensor, what: str) -> Tensor:
+    """The one look at the numbers, after the last step: no step waits for the device."""
+    good = x.isfinite().flatten(1).all(1)
+    if not good.all():
+        raise UserError(
+            f"{int((~good).sum())} of {len(x)} samples are not finite ({what}): the network returns inf or NaN. Look "
+            "at the loss of its training; precision=fp32 tells an overflow from weights that are broken"
+        )
+    return x
+
+
+def _name(thing: object) -> str:
+    return type(thing).__name__

@@ -1,36 +1,49 @@
-"""The seam of all solvers; each solver has its own file."""
+"""The seam of all solvers; each family has its own file."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from diffusion_trainer.process.levels import Level
 from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.variances import Estimate, PosteriorVariance
+
+Denoise = Callable[[Tensor, Level], Estimate]
+Noise = Callable[[], Tensor]
 
 
 class Solver(ABC):
-    """One step of a sampler: no loop, no grid, no randomness of its own."""
+    """One step of a sampler: no loop, no grid, no randomness of its own, no device to wait for.
 
-    order: ClassVar[int]  # of the error in the step size, for the deterministic part
+    Solvers never step to t = 0: that last step is the sampler's, and it is the same for all.
+    """
+
+    order: ClassVar[int]  # of the error in the step size; of the law's for stochastic solvers
+    history: ClassVar[int] = 1  # how many estimates a step combines that earlier steps have made, and its own
+    uses_variance: ClassVar[bool] = False  # whether the reverse variance makes a difference
+
+    @property
+    def deterministic(self) -> bool:
+        """A map from x_T to x_0 without noise on the way; it can then be run backwards as well."""
+        return True
 
     def init(self) -> Any:
         """The state before the first step (multistep methods keep their history in it)."""
         return None
 
     @abstractmethod
-    def step(
-        self,
-        denoise: Callable[[Tensor, Tensor], Tensor],
-        schedule: Schedule,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        state: Any,
-        noise: Callable[[], Tensor],
-    ) -> tuple[Tensor, Any]:
-        """x at time t -> x at time s < t, and the new state.
+    def plan(self, schedule: Schedule, times: Tensor, variance: PosteriorVariance) -> Sequence[Any]:
+        """What each of the steps between the N times must know, as plain numbers: computed once for a sampling run.
 
-        denoise(x, t) -> x_0_hat; t, s: scalars, float64, on the CPU, so that coefficients are plain numbers and never
-        wait for the device; noise() -> a standard normal like x, to be called at most once.
+        times: (N,) float64, decreasing, all positive (increasing for a deterministic solver that encodes); N - 1 steps.
+        ValueError if the schedule cannot be served.
+        """
+
+    @abstractmethod
+    def step(self, denoise: Denoise, x: Tensor, plan: Any, state: Any, noise: Noise) -> tuple[Tensor, Any]:
+        """x at the start of the planned step -> x at its end, and the new state.
+
+        denoise(x, level) -> Estimate; noise() -> a standard normal like x.
         """

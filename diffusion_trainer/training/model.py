@@ -1,5 +1,6 @@
 """What is trained: a network with its conditioning, under the precision of its forward pass."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -12,15 +13,23 @@ from diffusion_trainer.process.schedules import Schedule
 
 
 class Model(nn.Module):
-    """F(x, c_noise, condition). Weights stay float32; with `dtype` bfloat16 the forward pass is autocast to it.
+    """F(x, c_noise, condition), and whatever else is trained with it (`learned`). Weights stay float32; with `dtype`
+    bfloat16 the forward pass is autocast to it.
 
     Autocast stands here, not in the trainer or in DeepSpeed's configuration, so that training, evaluation and sampling
     compute alike under every strategy, and no strategy rounds the master weights or the batch.
     """
 
-    def __init__(self, network: nn.Module, conditioning: Conditioning, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        network: nn.Module,
+        conditioning: Conditioning,
+        dtype: torch.dtype = torch.float32,
+        learned: Sequence[nn.Module] = (),
+    ):
         super().__init__()
         self.network, self.conditioning, self.dtype = network, conditioning, dtype
+        self.learned = nn.ModuleList(learned)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None) -> Tensor:
         """x: (B, ...); c_noise: (B,); condition: as read by the conditioning -> (B, ...) float32."""

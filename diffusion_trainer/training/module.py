@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from diffusion_trainer.conventions import UserError, seed_of
-from diffusion_trainer.objectives.denoising import Denoising, LossTerms
+from diffusion_trainer.objectives.base import LossTerms, Objective
 from diffusion_trainer.training.ema import EmaProfile, attach_ema
 from diffusion_trainer.training.model import Model
 from diffusion_trainer.training.optimizers import AdamW
@@ -41,7 +41,7 @@ class DiffusionModule(LightningModule):
     def __init__(
         self,
         model: Model,
-        objective: Denoising,
+        objective: Objective,
         optimizer: AdamW,
         ema: EmaProfile,
         progress: Progress,

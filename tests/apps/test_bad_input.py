@@ -107,7 +107,7 @@ def test_more_processes_than_the_strategy_has_are_refused(refused, monkeypatch):
 
 def test_verbs_and_flags_are_explained(refused):
     assert "the verbs are train, sample, evaluate" in refused("trian")
-    assert "there is no such flag" in refused("train", "--multirun")
+    assert "there is no such flag" in refused("train", "--sweep")
 
 
 def test_shards_without_labels_and_empty_ones_are_named(refused, workplace, digits):

@@ -104,7 +104,7 @@ def draw(folder: Path, device: str) -> torch.Tensor:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_waits_for_no_device(tmp_path, device, precision):
     config = load("train", [*settings(tmp_path, device, f"precision={precision}"), *tiny.NETWORK], TrainConfig)
-    module = rank.module_of(config, rank.progress_of(config), device).to(device)
+    module = rank.module_of(config, tmp_path, rank.progress_of(config), device).to(device)
     optimizer, batches = module.configure_optimizers(), on(device, config)
     step(module, optimizer, next(batches))  # the first makes the optimizer's state and chooses kernels
     batch = next(batches)

@@ -1,0 +1,56 @@
+"""Where the points of a sweep write: each to a file or folder of its own, named after its swept overrides."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from diffusion_trainer.apps.finished import checkpoint_in, run_of
+
+LONGEST = 120  # characters of a label: with digest and suffix it is a file's name, which may have 255
+
+
+@dataclass(frozen=True)
+class Place:
+    settings: Mapping[str, str]  # the verb's keys that say it
+    out: Path  # the file or folder that the point writes
+    report: Path | None  # the JSON file with its "metrics", if the verb writes one
+    home: Path  # the sweep's folder
+
+
+def label(swept: Sequence[str]) -> str:
+    """A file's name for swept overrides (key=value), of characters that Hydra and shells leave alone.
+
+    Where that changes them, a digest keeps the names of different overrides different.
+    """
+    text = "+".join(o.lstrip("+").replace("=", "-", 1) for o in swept)
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "_", text)[:LONGEST]
+    return plain if plain == text else f"{plain}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def of_train(config: Mapping[str, Any], swept: Sequence[str]) -> Place:
+    """Inside the folder that the configuration names; a swept name or folder is not repeated in the label."""
+    own = label([o for o in swept if o.lstrip("+").split("=")[0] not in ("name", "folder")])
+    name, folder = Path(config["name"]) / own, Path(config["folder"]) / own
+    return Place({"name": str(name), "folder": str(folder)}, folder, folder / "metrics.json", folder.parent)
+
+
+def of_evaluate(config: Mapping[str, Any], swept: Sequence[str]) -> Place:
+    home = _home(config)
+    out = Path(config["out"] or home / f"{label(swept)}.json")
+    return Place({"out": str(out)}, out, out, home)
+
+
+def of_sample(config: Mapping[str, Any], swept: Sequence[str]) -> Place:
+    home = _home(config)
+    out = Path(config["out"] or home / label(swept))
+    return Place({"out": str(out)}, out, None, home)
+
+
+def _home(config: Mapping[str, Any]) -> Path:
+    return run_of(checkpoint_in(Path(config["checkpoint"]))) / "multirun"
+
+
+PLACES = {"train": of_train, "evaluate": of_evaluate, "sample": of_sample}

@@ -1,0 +1,88 @@
+"""How far a model's x_0_hat is from x_0, at every noise level: the statistics of Analytic-DPM."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_trainer.conditioning.base import Conditioning
+from diffusion_trainer.process.analytic import Statistics
+from diffusion_trainer.process.denoiser import Denoiser
+from diffusion_trainer.process.levels import Level, levels
+from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.sampling.noise import SampleNoise
+from diffusion_trainer.streaming.datamodule import ShardData, collate
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.module import to_unit
+
+MIN_LOG_SNR = -12.0  # below it x_t says nothing of x_0, and the error no longer changes
+
+
+@dataclass(frozen=True)
+class PosteriorVarianceMeasurement:
+    """num_samples pairs of an image and a noise at each of num_levels noise levels, equally spaced in log-SNR.
+
+    Sample i is the data's image i (and again from the start when there are more samples) with the noise of number i:
+    the result does not depend on batches and ranks but for the order of sums.
+    """
+
+    num_samples: int = 4096
+    num_levels: int = 200
+    batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.num_samples < 2 or self.num_levels < 2 or self.batch_size < 1:
+            raise ValueError("num_samples and num_levels must be at least 2, batch_size positive")
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        data: ShardData,
+        conditioning: Conditioning,
+        x_0_bound: float | None,
+        device: torch.device,
+        agreement: Agreement,
+        about: dict,
+    ) -> Statistics:
+        """All ranks must call it, and all get the result. x_0_bound: to which estimates are clipped, as in sampling."""
+        grid = log_snr_grid(schedule, self.num_levels)
+        at = levels(schedule, schedule.t_of_log_snr(grid))
+        total = torch.zeros(self.num_levels, *data.image_shape, dtype=torch.float64)
+        mine = range(agreement.rank, self.num_samples, agreement.world)
+        for first in range(0, len(mine), self.batch_size):
+            numbers = list(mine[first : first + self.batch_size])
+            batch = collate([data.decode(i % len(data.samples)) for i in numbers])
+            conditioning.check(batch)
+            x_0 = to_unit(batch["image"].to(device))
+            condition = conditioning.read({name: value.to(device) for name, value in batch.items()})
+            noise = SampleNoise(self.seed, numbers, data.image_shape, device)
+            total += squared_errors(denoiser, at, x_0, condition, noise, x_0_bound).cpu()
+        total = sum(agreement.gather(total))
+        return Statistics(grid, total / self.num_samples, about)
+
+
+def log_snr_grid(schedule: Schedule, count: int) -> Tensor:
+    """(count,) float64, ascending, over the schedule's range as far as it is finite."""
+    low, high = schedule.t_range
+    noisy, clean = schedule.log_snr(torch.tensor([high, low], dtype=torch.float64)).tolist()
+    return torch.linspace(max(noisy, MIN_LOG_SNR), clean, count, dtype=torch.float64)
+
+
+@torch.no_grad()
+def squared_errors(
+    denoiser: Denoiser,
+    at: list[Level],
+    x_0: Tensor,
+    condition: Tensor | None,
+    noise: SampleNoise,
+    x_0_bound: float | None,
+) -> Tensor:
+    """(K, C, H, W) float64: sums over the batch, a noise of its own at each level."""
+    sums = []
+    for level in at:
+        x_0_hat = denoiser(level.alpha * x_0 + level.sigma * noise(), level, condition).x_0_hat
+        x_0_hat = x_0_hat if x_0_bound is None else x_0_hat.clamp(-x_0_bound, x_0_bound)
+        sums.append((x_0_hat - x_0).double().square().sum(0))
+    return torch.stack(sums)

@@ -1,0 +1,87 @@
+"""Analytic-DPM: the optimal reverse variance of a trained model, from statistics of it (Bao, Li, Zhu and Zhang
+2022).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from diffusion_trainer.process.levels import Level
+from diffusion_trainer.process.variances import Estimate, PosteriorVariance
+
+TINY = 1e-20
+
+
+class Statistics(NamedTuple):
+    """E|x_0 - x_0_hat|^2 of a model at noise levels of ascending log-SNR.
+
+    It is E[Var[x_0 | x_t]] where the model's mean is exact, (sigma / alpha)^2 (1 - E|eps_hat|^2 / D) (theorem 1 and
+    eq. 8), and the optimal variance for the mean as it is where it is not (Bao et al. 2022b, theorem 3).
+    """
+
+    log_snr: Tensor  # (K,) float64
+    error: Tensor  # (K, C, H, W) float64, entry by entry
+    about: dict  # which model: checkpoint, weights, ...
+
+    def at(self, log_snr: Tensor, diagonal: bool) -> Tensor:
+        """(N,), or (N, C, H, W) entry by entry, at log-SNRs (N,): linear between the logarithms, which are nearly
+        linear
+        (the error tends to 1 / SNR); constant beyond the ends.
+        """
+        table = self.error if diagonal else self.error.flatten(1).mean(1)
+        table = table.clamp(min=TINY).log()  # entries that are the same in all images are estimated without error
+        place = torch.searchsorted(self.log_snr, log_snr.double()).clamp(1, len(self.log_snr) - 1)
+        low, high = self.log_snr[place - 1], self.log_snr[place]
+        share = ((log_snr.double() - low) / (high - low)).clamp(0, 1)
+        share = share.reshape(share.shape + (1,) * (table.dim() - 1))
+        return torch.lerp(table[place - 1], table[place], share).exp()
+
+
+@lru_cache(maxsize=8)
+def read(path: str) -> Statistics:
+    """ValueError if the file is missing or is none that `diffusion-trainer variance` wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            return Statistics(file.get_tensor("log_snr"), file.get_tensor("error"), about)
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"statistics={path} cannot be read ({error}); `diffusion-trainer variance checkpoint=...` writes them"
+        ) from error
+
+
+def required(statistics: str | None, who: str) -> Statistics:
+    """ValueError without a file."""
+    if statistics is None or not Path(statistics).is_file():
+        raise ValueError(
+            f"{who} needs the variance statistics of the model{f' ({statistics} is missing)' if statistics else ''}: "
+            "run `diffusion-trainer variance checkpoint=...` on it first"
+        )
+    return read(statistics)
+
+
+@dataclass(frozen=True)
+class Analytic(PosteriorVariance):
+    """Var[x_0 | x_t] as it is on average over x_t, one number or (diagonal) one for each entry (Bao et al. 2022, eq.
+    8; the diagonal is Bao et al. 2022b, theorem 2 for the mean over x_t).
+
+    statistics: a file that `diffusion-trainer variance` wrote; null is the checkpoint's own.
+    """
+
+    statistics: str | None = None
+    diagonal: bool = False
+
+    def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
+        log_snr = torch.tensor([t.log_snr], dtype=torch.float64)
+        value = required(self.statistics, "variance=analytic").at(log_snr, self.diagonal)[0]
+        if not self.diagonal:
+            number = value.item()
+            return lambda estimate: number
+        return lambda estimate: value.to(estimate.x_0_hat)

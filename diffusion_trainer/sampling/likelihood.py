@@ -1,0 +1,148 @@
+"""How likely images are under the model, in bits per dimension; the likelihood of the probability-flow ODE."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import log, pi
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.process.denoiser import Denoiser
+from diffusion_trainer.process.levels import Level, level_of_log_snr, levels
+from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.variances import PosteriorVariance
+from diffusion_trainer.sampling.dequantization import Dequantization
+from diffusion_trainer.sampling.solvers import Noise
+
+
+class Likelihood(ABC):
+    @abstractmethod
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        schedule: Schedule,
+        variance: PosteriorVariance,
+        pixels: Tensor,
+        condition: Tensor | None,
+        noise: Noise,
+    ) -> dict[str, Tensor]:
+        """pixels: (B, C, H, W) uint8; noise() -> the next standard normal of that shape, in the dtype that the denoiser
+        takes: the only randomness, so that with `SampleNoise` image i has its own.
+
+        (B,) float64 terms in bits per dimension, and their sum "bits_per_dim": in expectation over the noise an upper
+        bound of -log2 P(pixels) / dimensions. ValueError for pixels that are not uint8 and for parts that do not go
+        together, UserError if the network's estimates are not finite.
+        """
+
+
+def in_bits_per_dim(nats: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
+    """Terms (B,) in nats of `dim` dimensions -> the same in bits per dimension, and their sum."""
+    terms = {name: value / (dim * log(2)) for name, value in nats.items()}
+    total = torch.stack(list(terms.values())).sum(0)
+    good = total.isfinite()
+    if not good.all():
+        raise UserError(
+            f"the likelihoods of {int((~good).sum())} of {len(good)} samples are not finite: the network returns inf "
+            "or NaN. Look at the loss of its training; precision=fp32 tells an overflow from weights that are broken"
+        )
+    return {**terms, "bits_per_dim": total}
+
+
+@dataclass(frozen=True)
+class FlowLikelihood(Likelihood):
+    """The likelihood of the probability-flow ODE (Song et al. 2021b, section 4.3 and eq. 39; Grathwohl et al. 2019).
+
+    With p = sigma / (alpha + sigma) and z = x / (alpha + sigma) the ODE of every schedule is dz/dp = eps_hat - x_0_hat
+    = (z - x_0_hat) / p =: u(z, p), finite at both ends; there
+
+        log p(x_0) = log N(z_T; 0, p_T^2 I) + integral of div u dp from p_min to p_T + D log(1 - p_min),
+
+    where x at the cleanest time is taken for alpha x_0, as z = (1 - p_min) x_0 says, and the prior is what samplers
+    start from. Estimates of x_0 are not clipped: the divergence would not be that of the network.
+
+    div u is estimated with `probes` random sign vectors (Hutchinson 1990), the same along the whole path: unbiased for
+    log p. 0 probes stand for the exact divergence by D backward passes, affordable in low dimension only. dopri5
+    keeps its error within atol + rtol |.|, as a root mean square over the batch: so a sample's number depends on its
+    company, by about the tolerance.
+    """
+
+    dequantization: Dequantization
+    probes: int = 1
+    rtol: float = 1e-5
+    atol: float = 1e-5
+
+    def __post_init__(self):
+        if self.probes < 0:
+            raise ValueError(f"probes must be at least 1, or 0 for the exact divergence, not {self.probes}")
+        if not (self.rtol > 0 and self.atol > 0):
+            raise ValueError(f"rtol and atol must be positive, not {self.rtol} and {self.atol}")
+
+    def __call__(self, denoiser, schedule, variance, pixels, condition, noise):
+        """Terms: "prior", "flow" and "dequantization" (log q). `variance` is unused: a flow has no reverse variance."""
+        clean = levels(schedule, schedule.t_range[:1])[0]
+        x_0, log_q = self.dequantization(pixels, clean, noise())
+        nats = self.terms(denoiser, schedule, x_0, condition, noise)
+        return in_bits_per_dim({**nats, "dequantization": log_q}, x_0[0].numel())
+
+    def terms(
+        self, denoiser: Denoiser, schedule: Schedule, x_0: Tensor, condition: Tensor | None, noise: Noise
+    ) -> dict[str, Tensor]:
+        """x_0: (B, ...), real-valued, handed to the denoiser in its dtype -> "prior" and "flow", (B,) float64 in nats;
+        their sum is -log p(x_0).
+        """
+        clean, noisy = levels(schedule, schedule.t_range)
+        p_min, p_T, dim = _p(clean), _p(noisy), x_0[0].numel()
+        probes = self._probes(x_0, noise)
+
+        def rate(p: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            level = _level(schedule, p.item(), clean, noisy)
+            return _velocity_and_divergence(denoiser, level, state[0], condition, probes, x_0.dtype)
+
+        start = (1 - p_min) * x_0.double(), torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
+        ends = torch.tensor([p_min, p_T], dtype=torch.float64, device=x_0.device)
+        stops = {"step_t": ends[1:]}  # there is no level beyond p_T: the last step must not pass it
+        with torch.no_grad():
+            path = odeint(rate, start, ends, rtol=self.rtol, atol=self.atol, method="dopri5", options=stops)
+        z_T, divergence = (values[-1] for values in path)
+        prior = (z_T / p_T).square().flatten(1).sum(1) / 2 + dim * (log(2 * pi) / 2 + log(p_T))
+        return {"prior": prior, "flow": -divergence - dim * log(1 - p_min)}
+
+    def _probes(self, x_0: Tensor, noise: Noise) -> Tensor:
+        """(n, B or 1, ...) float64, such that sum_i v_i^T J v_i estimates, or is, the trace of J."""
+        if self.probes == 0:
+            dim = x_0[0].numel()
+            return torch.eye(dim, dtype=torch.float64, device=x_0.device).reshape(dim, 1, *x_0.shape[1:])
+        signs = [torch.where(noise() >= 0, 1.0, -1.0).double() for _ in range(self.probes)]
+        return torch.stack(signs) / self.probes**0.5
+
+
+def _p(level: Level) -> float:
+    return level.sigma / (level.alpha + level.sigma)
+
+
+def _level(schedule: Schedule, p: float, clean: Level, noisy: Level) -> Level:
+    """The level with sigma / (alpha + sigma) = p; beyond the range of the schedule, that of its end."""
+    if p <= _p(clean):
+        return clean
+    return noisy if p >= _p(noisy) else level_of_log_snr(schedule, 2 * log((1 - p) / p))
+
+
+def _velocity_and_divergence(
+    denoiser: Denoiser, level: Level, z: Tensor, condition: Tensor | None, probes: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """z: (B, ...) float64; the denoiser works in `dtype` -> u (B, ...) and div u (B,), float64."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        x = (level.alpha + level.sigma) * z
+        u = (z - denoiser(x.to(dtype), level, condition).x_0_hat.double()) / _p(level)
+        if not u.isfinite().all():  # p.item() has waited for the device already
+            raise UserError(
+                f"the network's estimates are not finite at t={level.t:.4g}: look at the loss of its training"
+            )
+        divergence = z.new_zeros(len(z))
+        for probe in probes:
+            (pulled,) = torch.autograd.grad(u, z, probe.expand_as(z), retain_graph=True)
+            divergence = divergence + (pulled * probe).flatten(1).sum(1)
+    return u.detach(), divergence.detach()

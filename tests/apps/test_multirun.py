@@ -1,0 +1,327 @@
+"""Sweeps: what is expanded, what is checked before the first point starts, where each writes, what becomes of all."""
+
+import csv
+import itertools
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SMALL
+
+from diffusion_trainer.apps import cli as console
+from diffusion_trainer.apps import multirun, places, train
+from diffusion_trainer.apps.config import assignment, expand, value_of
+from diffusion_trainer.apps.multirun import Point, plan, run, table
+from diffusion_trainer.apps.places import Place, label
+from diffusion_trainer.conventions import UserError
+
+# Stands for `python -m diffusion_trainer`: does what the override do=... says and writes the report that out=... names.
+STAND_IN = """
+import json, os, signal, sys, time
+verb, *overrides = sys.argv[1:]
+said = dict(o.split("=", 1) for o in overrides)
+with open("started", "a") as file:
+    print(said["do"], os.getpid(), file=file)
+if said["do"] == "interrupt":  # as Ctrl-C does, but of the parent alone
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(20)
+if said["do"] == "poke":
+    os.kill(os.getppid(), signal.SIGINT)
+if said["do"] == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if said["do"].startswith("fail"):
+    sys.exit(int(said["do"][4:]))
+with open(said["out"], "w") as file:
+    json.dump({"metrics": {"fid": len(said["do"]) / 3}}, file)
+print("did", said["do"], flush=True)
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.chdir(tmp_path)
+    return sys.executable, str(tmp_path / "stand_in.py")
+
+
+def point(do: str) -> Point:
+    out = Path(f"{do}.json")
+    return Point((f"do={do}",), (f"do={do}", f"out={out}"), Place({}, out, out, Path("home")))
+
+
+def started() -> list[str]:
+    return [line.split()[0] for line in Path("started").read_text().splitlines()]
+
+
+# ---- expansion -------------------------------------------------------------------------------------------------------
+
+
+def test_the_product_of_all_sweeps_in_the_order_given_the_last_turns_fastest():
+    points = expand(["a.b=0,0.5", "c=x", "+d=range(1,4)", "e=choice([1,2],'p q')"])
+    expected = itertools.product(["a.b=0", "a.b=0.5"], ["+d=1", "+d=2", "+d=3"], ["e=[1,2]", "e='p q'"])
+    assert [swept for _, swept in points] == [list(p) for p in expected]
+    for overrides, swept in points:
+        assert overrides == [swept[0], "c=x", *swept[1:]]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "values"),
+    [
+        ("k=choice('1',2,'null')", ["1", 2, "null"]),
+        ("k=choice('p, q',\"it's\",a/b-c.d,[1,'2'])", ["p, q", "it's", "a/b-c.d", [1, "2"]]),
+        ("k='1',1,'x y',{a: 'b c'},true,1e-3,'',null", ["1", 1, "x y", {"a": "b c"}, True, 1e-3, "", None]),
+        ("k=range(0,1,0.25)", [0.0, 0.25, 0.5, 0.75]),
+    ],
+)
+def test_a_point_has_the_value_that_was_swept_quoted_or_not(sweep, values):
+    got = [value_of(overrides, "k") for overrides, _ in expand([sweep])]
+    assert got == values
+    assert list(map(type, got)) == list(map(type, values))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "say"),
+    [
+        (["a=1"], "several values"),
+        (["a=glob(*)"], "a=glob(*): its values are not known"),
+        (["a=interval(0,1)"], "its values are not known"),
+        (["a=1,2,1"], "a value stands twice"),
+        (["a=range(3,1)"], "a=range(3,1): is empty"),
+        (["a=1,2", "a=3"], "a is given twice"),
+        (["a=1,2", "+a=3,4"], "a is given twice"),
+        (["a=(1,2"], "cannot read the arguments"),
+    ],
+)
+def test_what_is_no_sweep_is_explained(overrides, say):
+    with pytest.raises(UserError) as error:
+        expand(overrides)
+    assert say in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["runs/a b", "it's", "a=1,b=2", "${name}", "x\\", "\\'", "5", "null", '"q"', "[1]"])
+def test_an_assignment_says_just_its_text(text):
+    assert value_of([assignment("key", text)], "key") == text
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+SWEPT = [
+    ["a=1"], ["a=-1"], ["a=1", "b=2"], ["a=[1,2]"], ["a=[1_2]"], ["a=[12]"], ["a='x y'"], ["a=x_y"], ["a=x/y"],
+    ["a=../../x"], ["a='é'"], ["a='è'"], ["a=" + "x" * 300], ["a=" + "x" * 301], ["+a.b_c=1e-3"],
+]  # fmt: skip
+
+
+def test_labels_are_files_names_that_differ_and_can_be_said_without_quotes():
+    labels = [label(swept) for swept in SWEPT]
+    assert len(set(labels)) == len(labels)
+    for text in labels:
+        assert len(text) < 200
+        assert "/" not in text
+        assert value_of([f"checkpoint=runs/{text}"], "checkpoint") == f"runs/{text}"
+    assert label(["sampler.solver.eta=0.5", "+n=10"]) == "sampler.solver.eta-0.5+n-10"
+
+
+DIGITS = ["experiment=digits", "data.shards=shards/*.tar"]
+
+
+@pytest.mark.parametrize(
+    ("given", "folders"),
+    [
+        (["seed=0,1", "lanes=4,8"], [f"runs/digits/seed-{s}+lanes-{n}" for s in (0, 1) for n in (4, 8)]),
+        (["name=a,b"], ["runs/a", "runs/b"]),
+        (["name=a,b", "seed=0,1"], [f"runs/{n}/seed-{s}" for n in "ab" for s in (0, 1)]),
+        (["folder=x,y"], ["x", "y"]),
+        (["folder=here", "seed=0,1"], ["here/seed-0", "here/seed-1"]),
+        (["folder='far/${name}'", "seed=0,1"], ["far/digits/seed-0", "far/digits/seed-1"]),
+    ],
+)
+def test_each_point_of_train_is_its_configuration_in_a_folder_of_its_own(given, folders):
+    """Nothing but name and folder differs from the combination run alone."""
+    points = plan("train", train.show, [*DIGITS, *given])
+    combinations = [overrides for overrides, _ in expand([*DIGITS, *given])]
+    assert [str(p.place.out) for p in points] == folders
+    for p, overrides, folder in zip(points, combinations, folders, strict=True):
+        ours, alone = (yaml.safe_load(train.show(o)) for o in (p.overrides, overrides))
+        assert ours["folder"] == folder
+        assert ours | {"name": "", "folder": ""} == alone | {"name": "", "folder": ""}
+        assert p.place.report == Path(folder) / "metrics.json"
+    if given[0].startswith("seed"):
+        assert {str(p.place.home) for p in points} == {"runs/digits"}
+
+
+def finished(**keys):
+    """A verb's show, for a checkpoint that exists."""
+    return lambda overrides: yaml.safe_dump({"checkpoint": "runs/x", "out": value_of(overrides, "out"), **keys})
+
+
+@pytest.mark.parametrize(("verb", "suffix"), [("evaluate", ".json"), ("sample", "")])
+def test_points_of_a_finished_run_write_into_it_unless_told(monkeypatch, verb, suffix):
+    monkeypatch.setattr(places, "checkpoint_in", lambda path: path.absolute() / "checkpoints" / "images-1")
+    points = plan(verb, finished(), ["seed=0,1"])
+    assert [str(p.place.out) for p in points] == [f"runs/x/multirun/seed-{s}{suffix}" for s in (0, 1)]
+    assert [value_of(p.overrides, "out") for p in points] == [str(p.place.out) for p in points]
+    told = plan(verb, finished(), ["out=a.json,b.json"])
+    assert [str(p.place.out) for p in told] == ["a.json", "b.json"]
+    with pytest.raises(UserError, match=r"seed=0 and seed=1 would both write to a.json"):
+        plan(verb, finished(), ["out=a.json", "seed=0,1"])
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_mistakes_of_all_points_are_said_before_one_starts(monkeypatch):
+    monkeypatch.setattr(multirun, "run", lambda *_: pytest.fail("a point was started"))
+    with pytest.raises(UserError) as error:
+        console.run(["train", *DIGITS, "-m", "optimizer.lr=0.1,fast", "num_images=5,many"])
+    message = str(error.value)
+    assert "optimizer.lr=0.1 num_images=many:\nnum_images=many: input should be a valid integer" in message
+    assert "optimizer.lr=fast num_images=5:\noptimizer.lr=fast: input should be a valid number" in message
+    assert "optimizer.lr=0.1 num_images=5" not in message
+    with pytest.raises(UserError) as error:
+        console.run(["train", *DIGITS, "--multirun", "seed=0,1", "optimizer.lrr=1"])
+    assert "every point:\noptimizer.lrr=1: there is no option optimizer.lrr" in str(error.value)
+    assert str(error.value).count("optimizer.lrr=1") == 1
+
+
+def test_flags(monkeypatch):
+    with pytest.raises(UserError, match=r"optimizer.lr=1,2: several values are a sweep; add -m"):
+        console.run(["train", *DIGITS, "optimizer.lr=1,2"])
+    for wrong in (["-m", "--config"], ["-m", "-m"], ["-x"]):
+        with pytest.raises(UserError, match="no such flag; the flags are --help, --config and -m"):
+            console.run(["train", *wrong, "seed=0,1"])
+    with pytest.raises(UserError, match="export does not sweep; train, evaluate, sample do"):
+        multirun.main("export", finished(), ["seed=0,1"])
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="2 processes were started; start a sweep once"):
+        console.run(["train", *DIGITS, "-m", "seed=0,1"])
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_point_stops_no_other_and_each_is_announced_before_its_output(command, capfd):
+    points = [point("a"), point("fail3"), point("die"), point("b")]
+    assert run("evaluate", points, command) == ([0, 3, 137, 0], 0)
+    lines = ["[1/4] do=a", "did a", "[2/4] do=fail3", "[3/4] do=die", "[4/4] do=b", "did b"]
+    assert capfd.readouterr().out.splitlines() == lines
+
+
+def test_ctrl_c_reaches_the_running_point_and_starts_no_other(command):
+    before = signal.getsignal(signal.SIGINT)
+    points = [point("a"), point("interrupt"), point("b")]
+    assert run("evaluate", points, command) == ([0, 130], signal.SIGINT)
+    assert started() == ["a", "interrupt"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(command):
+    """nohup ignores SIGHUP; a script's background job SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run("evaluate", [point("poke"), point("a")], command) == ([0, 0], 0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("dos", "code", "say"),
+    [
+        (["a", "b"], 0, ["2 of 2 points are done"]),
+        (["a", "fail3", "fail4"], 3, ["1 of 3", "[2/3] do=fail3 failed with exit code 3", "[3/3] do=fail4 failed"]),
+        (["fail3", "interrupt", "b"], 130, ["0 of 3", "[1/3] do=fail3 failed", "[3/3] do=b was not started"]),
+    ],
+)
+def test_the_exit_code_and_the_summary(command, capsys, monkeypatch, dos, code, say):
+    monkeypatch.setattr(multirun, "plan", lambda *_: [point(do) for do in dos])
+    monkeypatch.setattr(multirun, "run", lambda verb, points: run(verb, points, command))
+    assert multirun.main("evaluate", finished(), []) == code
+    output = capsys.readouterr().out
+    for text in say:
+        assert text in output
+    assert "written to home/table.csv" in output
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def swept_point(folder: Path, metrics: dict | None, *swept: str) -> Point:
+    out = folder / f"{label(swept)}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if metrics is not None:
+        out.write_text(json.dumps({"metrics": metrics}))
+    return Point(swept, swept, Place({}, out, out, folder))
+
+
+def test_the_table_is_aligned_and_its_csv_exact(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points = [
+        swept_point(Path("run/multirun"), {"fid": 1 / 3}, "eta=0", "+shape=[1,2]"),
+        swept_point(Path("run/multirun"), {"fid": 1234.5678, "accuracy": 0.5}, "eta=0.5", "+shape=[3]"),
+        swept_point(Path("run/multirun"), {"fid": 99.0}, "eta=1", "+shape=[3]"),  # failed: that report is an old one
+        swept_point(Path("run/multirun"), {"fid": 98.0}, "eta=2", "+shape=[3]"),  # never started
+    ]
+    assert table(points, [0, 0, 1]).splitlines() == [
+        "eta  shape     fid  accuracy",
+        "  0  [1,2]  0.3333          ",
+        "0.5    [3]    1235       0.5",
+        "  1    [3]                  ",
+        "  2    [3]                  ",
+        "written to run/multirun/table.csv",
+    ]
+    with open("run/multirun/table.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["eta", "shape", "fid", "accuracy"],
+        ["0", "[1,2]", str(1 / 3), ""],
+        ["0.5", "[3]", "1234.5678", "0.5"],
+        ["1", "[3]", "", ""],
+        ["2", "[3]", "", ""],
+    ]
+    assert not list(Path("run/multirun").glob("*.part"))
+
+
+def test_points_in_several_runs_and_without_metrics_have_one_table_above_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    points = [swept_point(Path("runs") / name / "multirun", None, f"name={name}") for name in "ab"]
+    assert table(points, [0, 0]).splitlines() == ["name", "   a", "   b", "written to runs/table.csv"]
+
+
+# ---- the product -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_of_evaluations_of_a_sweep_of_runs(cli, workplace, trained):
+    small = [*SMALL, "strategy=single", "num_images=32"]
+    code, output = cli("train", "-m", "experiment=digits", *small, "optimizer.lr=0.001,0.002")
+    assert code == 0, output
+    in_order = ["[1/2] optimizer.lr=0.001", "run digits/optimizer.lr-0.001 in ", "[2/2] optimizer.lr=0.002"]
+    assert sorted(in_order, key=output.index) == in_order
+    with (workplace / "runs" / "digits" / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, lr in zip(rows, ("0.001", "0.002"), strict=True):
+        run = workplace / "runs" / "digits" / f"optimizer.lr-{lr}"
+        assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == float(lr)
+        metrics = json.loads((run / "metrics.json").read_text())["metrics"]
+        assert row == {"optimizer.lr": lr, **{name: str(value) for name, value in metrics.items()}}
+
+    shutil.copytree(trained / "runs" / "digits", workplace / "runs" / "other")
+    arguments = ["checkpoint=runs/other", "sampler.solver.eta=0,2", "sampler.num_steps=2,3"]
+    code, output = cli("evaluate", "--multirun", *arguments)
+    assert code == 2, output
+    assert "2 of 4 points are done" in output
+    assert "[3/4] sampler.solver.eta=2 sampler.num_steps=2 failed with exit code 2" in output
+    assert "[4/4] sampler.solver.eta=2 sampler.num_steps=3 failed with exit code 2" in output
+    with (workplace / "runs" / "other" / "multirun" / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["fid"]) for row in rows] == [True, True, False, False]
+    for row, steps in zip(rows[:2], (2, 3), strict=True):
+        report = workplace / "runs" / "other" / "multirun" / f"sampler.solver.eta-0+sampler.num_steps-{steps}.json"
+        report = json.loads(report.read_text())
+        assert report["provenance"]["sampler"]["num_steps"] == steps
+        assert row["fid"] == str(report["metrics"]["fid"])

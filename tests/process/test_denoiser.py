@@ -1,0 +1,130 @@
+"""The network's denoiser: what it hands to the network, what it makes of the answer, and how often it computes."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from options import built, each
+from torch.testing import assert_close
+
+from diffusion_trainer.process.denoiser import NetworkDenoiser, split
+from diffusion_trainer.process.levels import Level, levels
+from diffusion_trainer.process.predictions import Prediction
+
+COSINE = built("schedule")["cosine"]
+PREDICTIONS = built("prediction")
+every_prediction = each("prediction", PREDICTIONS)
+
+
+@dataclass(frozen=True)
+class Counted(Prediction):
+    """Another prediction that notes each level at which it is asked."""
+
+    inner: Prediction
+    asked: list = field(default_factory=list)
+
+    def coefficients(self, schedule, level):
+        self.asked.append(level)
+        return self.inner.coefficients(schedule, level)
+
+
+class Network:
+    """Notes what it is given and answers with `output`."""
+
+    def __init__(self, output):
+        self.output, self.seen = output, []
+
+    def __call__(self, *arguments):
+        self.seen.append(arguments)
+        return self.output
+
+
+def denoiser(network, prediction, null=lambda condition: condition):
+    return NetworkDenoiser(network, null, COSINE, prediction)
+
+
+def images(channels=3, seed=0):
+    return torch.randn(4, channels, 5, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@every_prediction
+def test_estimate_is_equation_7_of_karras(prediction):
+    x_t, network = images(), Network(images(seed=1))
+    for level in levels(COSINE, [0.1, 0.5, 0.9]):
+        c = prediction.coefficients(COSINE, Level(*(torch.tensor([v], dtype=torch.float64) for v in level)))
+        estimate = denoiser(network, prediction)(x_t, level, None)
+        assert_close(estimate.x_0_hat, c.skip * x_t + c.out * network.output, rtol=1e-12, atol=1e-12)
+        assert estimate.second is None
+
+
+@every_prediction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_network_is_given_the_scaled_x_t_its_c_noise_and_the_condition_itself(prediction, dtype):
+    x_t, network, condition = images().to(dtype), Network(images()), torch.arange(4)
+    (level,) = levels(COSINE, [0.3])
+    denoiser(network, prediction)(x_t, level, condition)
+    ((x, c_noise, given),) = network.seen
+    c = prediction.coefficients(COSINE, COSINE.level(torch.full((4,), 0.3, dtype=torch.float64)))
+    assert (x.dtype, c_noise.dtype) == (dtype, dtype)
+    assert_close(x.double(), c.into[:, None, None, None] * x_t.double(), rtol=1e-6, atol=1e-6)
+    assert_close(c_noise.double(), c.noise, rtol=1e-6, atol=0)
+    assert given is condition
+
+
+@every_prediction
+def test_x_t_is_not_changed(prediction):
+    x_t = images()
+    denoiser(lambda x, *_: x, prediction)(x_t, levels(COSINE, [0.3])[0], None)
+    assert torch.equal(x_t, images())
+
+
+@every_prediction
+def test_coefficients_are_computed_once_for_each_level_and_in_float64(prediction):
+    counted = Counted(prediction)
+    denoise = denoiser(lambda x, *_: x, counted)
+    for _ in range(3):  # what a second run of the sampler asks is known
+        for level in levels(COSINE, [0.9, 0.5, 0.1]):
+            denoise(images().float(), level, None)
+    assert [level.t.item() for level in counted.asked] == [0.9, 0.5, 0.1]
+    assert {value.dtype for level in counted.asked for value in level} == {torch.float64}
+
+
+def test_two_denoisers_share_no_coefficients():
+    (level,) = levels(COSINE, [0.5])
+    for name in ("epsilon", "v"):
+        counted = Counted(PREDICTIONS[name])
+        denoiser(lambda x, *_: x, counted)(images(), level, None)
+        assert len(counted.asked) == 1
+
+
+@every_prediction
+def test_second_half_of_the_channels_is_the_second_output_as_it_is(prediction):
+    output, x_t = images(6, seed=1), images()
+    (level,) = levels(COSINE, [0.4])
+    both = denoiser(Network(output), prediction)(x_t, level, None)
+    alone = denoiser(Network(output[:, :3]), prediction)(x_t, level, None)
+    assert torch.equal(both.x_0_hat, alone.x_0_hat)
+    assert torch.equal(both.second, output[:, 3:])
+
+
+def test_second_output_has_the_dtype_of_x_t():
+    (level,) = levels(COSINE, [0.4])
+    both = denoiser(Network(images(6).to(torch.bfloat16)), PREDICTIONS["v"])(images().float(), level, None)
+    assert both.x_0_hat.dtype == both.second.dtype == torch.float32
+
+
+def test_split_serves_vectors_too():
+    first, second = split(torch.arange(8.0).view(2, 4), torch.zeros(2, 2))
+    assert first.tolist() == [[0, 1], [4, 5]]
+    assert second.tolist() == [[2, 3], [6, 7]]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 9])
+def test_outputs_of_other_widths_are_refused(channels):
+    with pytest.raises(ValueError, match=rf"gave {channels} channels.*give 3 or 6"):
+        split(images(channels), images())
+
+
+def test_null_condition_is_the_networks_own():
+    denoise = denoiser(Network(images()), PREDICTIONS["v"], lambda label: torch.full_like(label, 10))
+    assert denoise.null(torch.arange(4)).tolist() == [10] * 4
