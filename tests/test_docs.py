@@ -1,18 +1,23 @@
 """What the README and the docs show is true: commands run, links and folders exist."""
 
+import csv
+import importlib
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command, finish
 
 from diffusion_trainer.apps import cli as console
+from diffusion_trainer.apps import config as configuration
+from diffusion_trainer.apps import multirun
+from diffusion_trainer.apps.parts import TrainConfig, check_sampling
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "conf").rglob("*.yaml"))]
 COMMANDS = sorted(
-    {c for p in PAGES for c in re.findall(r"diffusion-trainer ((?:train|sample|evaluate) [^`\n&]+)", p.read_text())}
+    {c for p in PAGES for c in re.findall(r"diffusion-trainer ((?:train|sample|evaluate|variance|likelihood) [^`\n&]+)", p.read_text())}
 )
 
 
@@ -20,16 +25,29 @@ def runnable(command: str) -> bool:
     return "..." not in command and ":" not in command and "<" not in command
 
 
+@pytest.fixture(scope="module")
+def measured(trained):
+    """The run with its variance statistics, which some commands read."""
+    code, output = finish(command("variance", "checkpoint=runs/digits", "num_samples=20", "num_levels=10", cwd=trained))
+    assert code == 0, output
+    return trained
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in COMMANDS if runnable(c)])
-def test_every_command_shown_works(command, trained, monkeypatch, capsys):
-    """Training commands are composed and checked to the last value; the others are run, on a small model."""
-    monkeypatch.chdir(trained)
-    verb, *arguments = shlex.split(command)
-    if verb == "train" and "--help" not in arguments:
-        arguments.append("--config")
-    assert console.run([verb, *arguments]) == 0
-    assert capsys.readouterr().out
+@pytest.mark.parametrize("shown", [c for c in COMMANDS if runnable(c)])
+def test_every_command_shown_works(shown, measured, monkeypatch, capsys):
+    """Training commands are composed and their parts tried on each other, sweeps are planned; the others are run."""
+    monkeypatch.chdir(measured)
+    verb, *arguments = shlex.split(shown)
+    module = importlib.import_module(f"diffusion_trainer.apps.{verb}")
+    if "-m" in arguments:
+        assert len(multirun.plan(verb, module.show, [a for a in arguments if a != "-m"])) > 1
+    elif verb == "train" and "--help" not in arguments:
+        check_sampling(configuration.load("train", arguments, TrainConfig))
+    else:
+        small = ["num_samples=20", "num_levels=10"] if verb == "variance" else []
+        assert console.run([verb, *arguments, *small]) == 0
+        assert capsys.readouterr().out
 
 
 def test_there_are_commands_to_test():
@@ -60,3 +78,25 @@ def test_the_table_of_the_readme_is_that_of_its_own_run():
         for shown in (f"{entry['fid']:.2f}", f"{entry['pixel_fd']:.3f}", f"{entry['accuracy']:.1%}"):
             assert shown.replace("%", " %") in text, shown
     assert Path(ROOT / "docs" / "digits.png").is_file()
+
+
+def test_the_table_of_eta_and_steps_is_that_of_its_sweep_and_has_the_shape_that_it_claims():
+    with (ROOT / "docs" / "eta_and_steps.csv").open(newline="") as file:
+        found = {(r["sampler.solver.eta"], int(r["sampler.num_steps"])): float(r["fid"]) for r in csv.DictReader(file)}
+    text = (ROOT / "docs" / "eta_and_steps.md").read_text()
+    steps = sorted({count for _, count in found})
+    for eta in {eta for eta, _ in found}:
+        shown = " | ".join(f"{found[eta, count]:.3f}" for count in steps)
+        assert f"| {eta} | {shown} |" in text
+        assert found[eta, 5] > found[eta, 10] > found[eta, 20] > found[eta, 50]
+    assert all(found["0", count] < found["1", count] for count in (5, 10, 20))
+
+
+def test_the_counts_of_the_readme_are_those_of_conf():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    names = {
+        "schedules": "schedule", "predictions": "prediction", "weightings": "weighting", "objectives": "objective",
+        "reverse variances": "variance", "samplers": "sampler", "guidances": "guidance",
+    }  # fmt: skip
+    for words, group in names.items():
+        assert f"{len(list((ROOT / 'conf' / group).glob('*.yaml')))} {words}" in text, words

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from diffusion_trainer.apps.finished import checkpoint_in, run_of
+from diffusion_trainer.apps.initial import checkpoint_in, run_of
 
 LONGEST = 120  # characters of a label: with digest and suffix it is a file's name, which may have 255
 
@@ -37,20 +38,26 @@ def of_train(config: Mapping[str, Any], swept: Sequence[str]) -> Place:
     return Place({"name": str(name), "folder": str(folder)}, folder, folder / "metrics.json", folder.parent)
 
 
-def of_evaluate(config: Mapping[str, Any], swept: Sequence[str]) -> Place:
-    home = _home(config)
+def of_reports(verb: str, config: Mapping[str, Any], swept: Sequence[str]) -> Place:
+    """For verbs that write one JSON file."""
+    home = _home(verb, config)
     out = Path(config["out"] or home / f"{label(swept)}.json")
     return Place({"out": str(out)}, out, out, home)
 
 
 def of_sample(config: Mapping[str, Any], swept: Sequence[str]) -> Place:
-    home = _home(config)
+    home = _home("sample", config)
     out = Path(config["out"] or home / label(swept))
     return Place({"out": str(out)}, out, None, home)
 
 
-def _home(config: Mapping[str, Any]) -> Path:
-    return run_of(checkpoint_in(Path(config["checkpoint"]))) / "multirun"
+def _home(verb: str, config: Mapping[str, Any]) -> Path:
+    return run_of(checkpoint_in(Path(config["checkpoint"]))) / "multirun" / verb
 
 
-PLACES = {"train": of_train, "evaluate": of_evaluate, "sample": of_sample}
+PLACES = {
+    "train": of_train,
+    "evaluate": partial(of_reports, "evaluate"),
+    "likelihood": partial(of_reports, "likelihood"),
+    "sample": of_sample,
+}

@@ -1,6 +1,7 @@
 """The sub-sequence of times whose variational bound is lowest (Bao et al. 2022, section 4 and appendix E)."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import e, pi
 
 import torch
@@ -30,11 +31,17 @@ class OptimalTrajectory(Grid):
     def __call__(self, schedule: Schedule, num_steps: int) -> Tensor:
         if num_steps > self.num_timesteps:
             raise ValueError(f"num_steps={num_steps} is more than the {self.num_timesteps} times to choose from")
-        low, high = schedule.t_range
-        times = torch.linspace(max(low, high / self.num_timesteps), high, self.num_timesteps, dtype=torch.float64)
-        times = torch.cat([times.new_zeros(1), times])
-        cost = step_costs(schedule, times, required(self.statistics, "OptimalTrajectory"))
-        return times[shortest_path(cost, num_steps)]
+        return _trajectory(self, schedule, num_steps).clone()
+
+
+@lru_cache(maxsize=16)
+def _trajectory(grid: OptimalTrajectory, schedule: Schedule, num_steps: int) -> Tensor:
+    """Kept, as samplers ask for their grid at every batch, and this is some 5 ms a step."""
+    low, high = schedule.t_range
+    times = torch.linspace(max(low, high / grid.num_timesteps), high, grid.num_timesteps, dtype=torch.float64)
+    times = torch.cat([times.new_zeros(1), times])
+    cost = step_costs(schedule, times, required(grid.statistics, "OptimalTrajectory"))
+    return times[shortest_path(cost, num_steps)]
 
 
 def step_costs(schedule: Schedule, times: Tensor, statistics: Statistics) -> Tensor:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from diffusion_trainer.process.levels import Level, levels
@@ -34,7 +33,7 @@ class Transfer(NamedTuple):
 
     def __call__(self, x: Tensor, x_0_hat: Tensor, weights: Sequence[float], eps: Sequence[Tensor]) -> Tensor:
         """eps' = sum_i weights[i] eps[i], eps[0] being the eps_hat that belongs to x_0_hat."""
-        out = torch.add(self.ddim.of_x_t * x, x_0_hat, alpha=self.ddim.of_x_0)
+        out = (self.ddim.of_x_t * x).add_(x_0_hat, alpha=self.ddim.of_x_0)
         changes = (weights[0] - 1, *weights[1:])
         for change, e in zip(changes, eps, strict=False):
             if self.gain * change != 0:
@@ -45,7 +44,7 @@ class Transfer(NamedTuple):
 def _estimates(denoise: Denoise, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     """x_0_hat and eps_hat."""
     x_0_hat = denoise(x, level).x_0_hat
-    return x_0_hat, torch.add(x / level.sigma, x_0_hat, alpha=-level.alpha / level.sigma)
+    return x_0_hat, (x / level.sigma).add_(x_0_hat, alpha=-level.alpha / level.sigma)
 
 
 class _Middle(NamedTuple):
@@ -66,7 +65,8 @@ class _Plan(NamedTuple):
 @dataclass(frozen=True)
 class _Pseudo(Solver):
     """Of second order in equal steps of t, whatever that of the coefficients (Liu et al. 2022, section 3.5): they know
-    nothing of the curve of sigma / alpha, except where that is linear in t (`EDM`). On other grids of first order.
+    nothing of the curve of sigma / alpha, except where that is linear in t (`EDM`). On other grids of first order; less
+    than second on `UniformTime` as well where sigma / alpha goes as sqrt(t) at its last times, as with `ConstantBeta`.
     """
 
     order: ClassVar[int] = 2

@@ -159,11 +159,11 @@ def finished(**keys):
     return lambda overrides: yaml.safe_dump({"checkpoint": "runs/x", "out": value_of(overrides, "out"), **keys})
 
 
-@pytest.mark.parametrize(("verb", "suffix"), [("evaluate", ".json"), ("sample", "")])
+@pytest.mark.parametrize(("verb", "suffix"), [("evaluate", ".json"), ("likelihood", ".json"), ("sample", "")])
 def test_points_of_a_finished_run_write_into_it_unless_told(monkeypatch, verb, suffix):
     monkeypatch.setattr(places, "checkpoint_in", lambda path: path.absolute() / "checkpoints" / "images-1")
     points = plan(verb, finished(), ["seed=0,1"])
-    assert [str(p.place.out) for p in points] == [f"runs/x/multirun/seed-{s}{suffix}" for s in (0, 1)]
+    assert [str(p.place.out) for p in points] == [f"runs/x/multirun/{verb}/seed-{s}{suffix}" for s in (0, 1)]
     assert [value_of(p.overrides, "out") for p in points] == [str(p.place.out) for p in points]
     told = plan(verb, finished(), ["out=a.json,b.json"])
     assert [str(p.place.out) for p in told] == ["a.json", "b.json"]
@@ -194,7 +194,7 @@ def test_flags(monkeypatch):
     for wrong in (["-m", "--config"], ["-m", "-m"], ["-x"]):
         with pytest.raises(UserError, match="no such flag; the flags are --help, --config and -m"):
             console.run(["train", *wrong, "seed=0,1"])
-    with pytest.raises(UserError, match="export does not sweep; train, evaluate, sample do"):
+    with pytest.raises(UserError, match="export does not sweep; train, evaluate, likelihood, sample do"):
         multirun.main("export", finished(), ["seed=0,1"])
     for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -317,11 +317,11 @@ def test_a_sweep_of_evaluations_of_a_sweep_of_runs(cli, workplace, trained):
     assert "2 of 4 points are done" in output
     assert "[3/4] sampler.solver.eta=2 sampler.num_steps=2 failed with exit code 2" in output
     assert "[4/4] sampler.solver.eta=2 sampler.num_steps=3 failed with exit code 2" in output
-    with (workplace / "runs" / "other" / "multirun" / "table.csv").open(newline="") as file:
+    with (workplace / "runs" / "other" / "multirun" / "evaluate" / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [bool(row["fid"]) for row in rows] == [True, True, False, False]
     for row, steps in zip(rows[:2], (2, 3), strict=True):
-        report = workplace / "runs" / "other" / "multirun" / f"sampler.solver.eta-0+sampler.num_steps-{steps}.json"
+        report = workplace / "runs" / "other" / "multirun" / "evaluate" / f"sampler.solver.eta-0+sampler.num_steps-{steps}.json"
         report = json.loads(report.read_text())
         assert report["provenance"]["sampler"]["num_steps"] == steps
         assert row["fid"] == str(report["metrics"]["fid"])

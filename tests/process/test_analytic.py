@@ -16,7 +16,7 @@ from diffusion_trainer.process.decoders import GaussianDensity
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.variances import Estimate, FixedLarge, FixedSmall, ReverseStep
 from diffusion_trainer.sampling.bound import VariationalBound
-from diffusion_trainer.sampling.grids import UniformTime
+from diffusion_trainer.sampling.grids import UniformLogSNR
 
 SCHEDULES = {name: schedule.frozen() for name, schedule in built("schedule").items()}
 every_schedule = each("schedule", SCHEDULES)
@@ -50,7 +50,7 @@ def write(path, statistics):
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory):
     """Name of data -> a file with the true numbers, as the measurement writes them, over the ranges of all schedules."""
-    folder, at = tmp_path_factory.mktemp("statistics"), torch.linspace(-14, 16, 300, dtype=torch.float64)
+    folder, at = tmp_path_factory.mktemp("statistics"), torch.linspace(-14, 20, 300, dtype=torch.float64)
     return {name: write(folder / name, Statistics(at, truth(data, at), {})) for name, data in DATA.items()}
 
 
@@ -68,7 +68,7 @@ def test_interpolation_is_exact_at_the_levels_and_close_between_them(schedule):
     middle = truth(GAUSSIAN, between)
     assert_close(known.at(between, diagonal=True), middle, rtol=1e-3, atol=0)
     assert_close(known.at(between, diagonal=False), middle.mean(1), rtol=1e-3, atol=0)
-    coarse = Statistics(at[::50], known.error[::50], {})
+    coarse = Statistics(at[::50].contiguous(), known.error[::50], {})
     assert (coarse.at(between, False) / middle.mean(1) - 1).abs().max() > 1e-3  # what the lines above can tell
 
 
@@ -127,7 +127,7 @@ def closed_bound(schedule, variance, num_steps, spread_of):
     spread_of: log-SNRs (K,) -> that error, (K, 2).
     """
     total = 0.0
-    at = levels(schedule, UniformTime()(schedule, num_steps))
+    at = levels(schedule, UniformLogSNR()(schedule, num_steps))
     spread = spread_of(torch.tensor([max(level.log_snr, -14.0) for level in at[:-1]], dtype=torch.float64))
     for i, (t, s) in enumerate(zip(at[:-2], at[1:-1], strict=True)):
         step = ReverseStep.of(t, s)
@@ -156,7 +156,7 @@ def test_its_bound_is_never_above_that_of_a_fixed_variance_and_the_gap_closes(sc
         gaps.append(min(theirs) - ours)
     assert max(gaps) > 0.01
     assert gaps[-1] < gaps[-2]
-    assert gaps[-1] < max(gaps) / 2
+    assert gaps[-1] < max(gaps) / 10
 
 
 def test_bound_that_is_measured_is_the_closed_one():
@@ -173,7 +173,7 @@ def test_bound_that_is_measured_is_the_closed_one():
     x_0 = GAUSSIAN.sample(n, torch.Generator().manual_seed(1))[0]
     generator = torch.Generator().manual_seed(2)
     for num_steps in (4, 10):
-        bound = VariationalBound(UniformTime(), num_steps, GaussianDensity(), None)
+        bound = VariationalBound(UniformLogSNR(), num_steps, GaussianDensity(), None)
         terms = bound.terms(ExactDenoiser(GAUSSIAN), schedule, Known(), x_0, None,
                             lambda: torch.randn(n, 2, generator=generator, dtype=torch.float64))  # fmt: skip
         measured = terms.diffusion.sum(1) + terms.decoder

@@ -110,3 +110,38 @@ def test_evaluation_while_training_changes_no_bit_of_it(folder, strategy):
     assert code == 0, output
     assert output.count("evaluation at") == 5
     assert bitwise(torch.load(folder / "runs" / name / "spy-0.pt", weights_only=True), without)
+
+
+LEARNING = {
+    "schedule": ["schedule=learned", "weighting=elbo_continuous", "callbacks.checkpoint.every_n_images=64"],
+    "uncertainty and times": [
+        "objective=uncertainty", "timesteps=loss_second_moment", "timesteps.bins=4", "timesteps.history=2",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("what", LEARNING)
+def test_what_an_objective_learns_does_not_depend_on_the_strategy(folder, what, strategy):
+    """A learned schedule, a learned uncertainty, and times that follow the losses of all ranks."""
+    name = what.replace(" ", "-")
+    path = folder / "runs" / name / "spy-0.pt"
+    one = (
+        torch.load(path, weights_only=True)
+        if path.is_file()
+        else spied(folder, name, "strategy=single", *LEARNING[what])
+    )
+    two = spied(folder, f"{name}-{strategy}", f"strategy={strategy}", *LEARNING[what])
+    assert any(parameter.startswith("learned.") for parameter in two["weights"])
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert largest(two, one, "weights") < 1e-3
+
+
+@pytest.mark.parametrize("what", LEARNING)
+def test_what_an_objective_has_learned_is_resumed_bitwise(folder, what):
+    constant = ["strategy=zero2", "optimizer.lr_schedule.final=1.0", *LEARNING[what]]
+    whole = spied(folder, f"{what[:3]}-constant", *constant)
+    spied(folder, f"{what[:3]}-stopped", *constant, "num_images=64")
+    resumed = spied(folder, f"{what[:3]}-stopped", *constant, started=64)
+    assert bitwise(resumed, whole)
+    assert resumed["losses"] == whole["losses"][4:]

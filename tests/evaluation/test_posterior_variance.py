@@ -1,0 +1,182 @@
+"""What is measured of an exact denoiser is what theory says, whoever measures it in whatever batches."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from options import built, each
+from oracle import Mixture
+from torch.testing import assert_close
+
+from diffusion_trainer.conditioning.class_label import ClassLabel
+from diffusion_trainer.conditioning.unconditional import Unconditional
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.posterior_variance import (
+    MIN_LOG_SNR,
+    PosteriorVarianceMeasurement,
+    log_snr_grid,
+    squared_errors,
+)
+from diffusion_trainer.process.denoiser import Denoiser
+from diffusion_trainer.process.levels import levels
+from diffusion_trainer.process.variances import Estimate
+from diffusion_trainer.sampling.noise import SampleNoise
+from diffusion_trainer.streaming.datamodule import ShardData
+
+SCHEDULES = {name: schedule.frozen() for name, schedule in built("schedule").items()}
+CPU, SHAPE = torch.device("cpu"), (1, 16, 16)
+# Of 256 independent entries: the mean over entries and 20,000 samples has a relative standard error of
+# sqrt(2 / (256 * 20,000)) = 6e-4 where all vary alike, and for this spectrum up to 8e-4.
+VARIANCES = torch.linspace(0.05, 0.5, 256, dtype=torch.float64).reshape(SHAPE)
+
+
+@dataclass(frozen=True)
+class Diagonal(Denoiser):
+    """E[x_0 | x_t] for x_0 ~ N(0, diag(variances)), entry by entry; `factor` makes it wrong."""
+
+    variances: torch.Tensor
+    factor: float = 1.0
+
+    def __call__(self, x_t, level, condition):
+        gain = level.alpha * self.variances / (level.alpha**2 * self.variances + level.sigma**2)
+        return Estimate(self.factor * gain.to(x_t) * x_t)
+
+    def null(self, condition):
+        return condition
+
+
+def exact(level):
+    return VARIANCES * level.sigma**2 / (level.alpha**2 * VARIANCES + level.sigma**2)
+
+
+def measured(denoiser, at, count, bound=None, size=2000):
+    total, generator = 0, torch.Generator().manual_seed(7)
+    for _ in range(count // size):
+        x_0 = torch.randn(size, *SHAPE, generator=generator) * VARIANCES.sqrt().float()
+        noise = lambda n=size, g=generator: torch.randn(n, *SHAPE, generator=g)  # noqa: E731
+        total = total + squared_errors(denoiser, at, x_0, None, noise, bound)
+    return total / count
+
+
+@pytest.mark.parametrize("name", ["cosine", "edm"])
+def test_exact_denoiser_of_a_gaussian_has_the_oracles_posterior_variance(name):
+    schedule = SCHEDULES[name]
+    at = levels(schedule, schedule.t_of_log_snr(torch.tensor([-6.0, -1.0, 2.0, 8.0], dtype=torch.float64)))
+    given = measured(Diagonal(VARIANCES), at, 20_000)
+    flat = Mixture.gaussian(torch.zeros(256), torch.diag(VARIANCES.flatten()))
+    for k, level in enumerate(at):
+        nothing = torch.zeros(1, 256, dtype=torch.float64)
+        alpha, sigma = (torch.tensor(v, dtype=torch.float64) for v in (level.alpha, level.sigma))
+        oracle = flat.posterior_covariance(nothing, alpha, sigma)[0].diagonal()
+        assert_close(oracle.reshape(SHAPE), exact(level))
+        error = (2 * (oracle**2).sum() / 20_000).sqrt() / oracle.sum()  # relative, one standard, of the mean over entries
+        assert error < 1e-3
+        assert given[k].mean().item() == pytest.approx(oracle.mean().item(), rel=4 * error.item())
+        assert_close(given[k].flatten(), oracle, rtol=6 * (2 / 20_000) ** 0.5, atol=0)  # each entry: 256 of them
+
+
+def test_wrong_denoiser_has_its_square_as_well():
+    """The optimal variance for the mean as it is (Bao et al. 2022b, theorem 3)."""
+    at = levels(SCHEDULES["cosine"], [0.5])
+    given = measured(Diagonal(VARIANCES, -0.5), at, 4_000)[0]
+    gain = at[0].alpha * VARIANCES / (at[0].alpha ** 2 * VARIANCES + at[0].sigma ** 2)
+    off = (1.5 * gain) ** 2 * (at[0].alpha ** 2 * VARIANCES + at[0].sigma ** 2)
+    assert given.mean().item() == pytest.approx((exact(at[0]) + off).mean().item(), rel=1e-2)
+    assert off.mean() > 0.1 * exact(at[0]).mean()
+
+
+def test_estimates_are_clipped_as_in_sampling():
+    at = levels(SCHEDULES["cosine"], [0.5])
+    x_0 = torch.full((4, *SHAPE), 0.25)
+    far = lambda x, level, condition: Estimate(torch.full_like(x, 9.0))  # noqa: E731
+    for bound, error in ((1.0, 0.75**2), (2.0, 1.75**2), (None, 8.75**2)):
+        given = squared_errors(far, at, x_0, None, lambda: torch.zeros(4, *SHAPE), bound)
+        assert_close(given, torch.full((1, *SHAPE), 4 * error, dtype=torch.float64))
+
+
+@each("schedule", SCHEDULES)
+def test_grid_covers_the_range_as_far_as_it_is_finite(schedule):
+    grid = log_snr_grid(schedule, 50)
+    low, high = schedule.t_range
+    noisy, clean = schedule.log_snr(torch.tensor([high, low], dtype=torch.float64)).tolist()
+    assert (grid.shape, grid.dtype) == ((50,), torch.float64)
+    assert (grid.diff() > 0).all()
+    assert grid[-1].item() == pytest.approx(clean)
+    assert grid[0].item() == pytest.approx(max(noisy, MIN_LOG_SNR))
+    times = schedule.t_of_log_snr(grid)
+    assert ((times >= low * (1 - 1e-9)) & (times <= high * (1 + 1e-9))).all()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.overrides(folder)
+    return ShardData(f"{folder}/tiny/train-*.tar", 1, 8, 8)
+
+
+@dataclass(frozen=True)
+class ByLabel(Denoiser):
+    """Depends on x_t, the level and the condition, so that a mistaken one is seen."""
+
+    def __call__(self, x_t, level, condition):
+        return Estimate(0.5 * x_t + level.alpha * (condition.float() / 10 - 0.5)[:, None, None, None])
+
+    def null(self, condition):
+        return condition
+
+
+def measure(data, ranks=1, denoiser=None, conditioning=None, **settings):
+    """The statistics that all ranks get, one after the other: each gathering sums what the others have given."""
+    settings = {"num_samples": 130, "num_levels": 4, "batch_size": 32, **settings}
+    shares, results = [], []
+    arguments = (denoiser or ByLabel(), SCHEDULES["cosine"], data, conditioning or ClassLabel(10, 4), 1.0, CPU)
+    for rank in range(ranks):
+        agreement = SimpleNamespace(rank=rank, world=ranks, gather=lambda value: shares.append(value) or [value])
+        PosteriorVarianceMeasurement(**settings)(*arguments, agreement, {})
+    for rank in range(ranks):
+        agreement = SimpleNamespace(rank=rank, world=ranks, gather=lambda value: list(shares))
+        results.append(PosteriorVarianceMeasurement(**settings)(*arguments, agreement, {"who": "me"}))
+    for result in results:
+        assert torch.equal(result.error, results[0].error)
+    return results[0]
+
+
+def test_measurement_is_the_mean_over_images_and_their_own_noise(data):
+    """By hand: sample i is image i modulo their number, with noise i; another noise at each level."""
+    given = measure(data)
+    at = levels(SCHEDULES["cosine"], SCHEDULES["cosine"].t_of_log_snr(given.log_snr))
+    total = torch.zeros(4, 1, 8, 8, dtype=torch.float64)
+    for i in range(130):
+        sample = data.decode(i % 100)
+        x_0 = torch.from_numpy(sample["image"])[None].float() / 127.5 - 1
+        noise = SampleNoise(0, [i], (1, 8, 8), CPU)
+        for k, level in enumerate(at):
+            x_t = level.alpha * x_0 + level.sigma * noise()
+            label = torch.from_numpy(sample["label"].copy()).reshape(1)
+            total[k] += (ByLabel()(x_t, level, label).x_0_hat.clamp(-1, 1) - x_0).double().square()[0]
+    assert_close(given.error, total / 130, rtol=1e-6, atol=1e-9)
+    assert given.about == {"who": "me"}
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 1), (1, 130), (1, 1000), (2, 32), (3, 7), (140, 4)])
+def test_measurement_does_not_depend_on_ranks_and_batches(data, ranks, batch_size):
+    assert_close(measure(data, ranks, batch_size=batch_size).error, measure(data).error, rtol=1e-6, atol=1e-12)
+
+
+def test_another_seed_is_another_measurement(data):
+    assert not torch.equal(measure(data, seed=1).error, measure(data).error)
+
+
+def test_without_labels_it_measures_too_and_a_wrong_label_is_refused(data):
+    plain = lambda x, level, condition: Estimate(0.5 * x if condition is None else x)  # noqa: E731
+    assert measure(data, denoiser=plain, conditioning=Unconditional()).error.isfinite().all()
+    with pytest.raises(UserError, match="label 5 is out of range"):
+        measure(data, conditioning=ClassLabel(5, 4))
+
+
+@pytest.mark.parametrize("settings", [{"num_samples": 1}, {"num_levels": 1}, {"batch_size": 0}])
+def test_what_makes_no_sense_is_refused(settings):
+    with pytest.raises(ValueError, match="at least 2"):
+        PosteriorVarianceMeasurement(**settings)
