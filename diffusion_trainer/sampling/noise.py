@@ -25,4 +25,7 @@ class SampleNoise:
 
     def __call__(self) -> Tensor:
         """(len(samples), *shape), standard normal, float32."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self._generators]).to(self.device)
+        drawn = torch.stack([torch.randn(self.shape, generator=g) for g in self._generators])
+        # From pinned memory the copy is queued: the host draws the next noise while the device works.
+        drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
+        return drawn.to(self.device, non_blocking=True)

@@ -16,10 +16,11 @@ from diffusion_trainer.apps import finished, rank, train
 from diffusion_trainer.apps.config import load
 from diffusion_trainer.apps.folder import write_config
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import TrainConfig
+from diffusion_trainer.apps.parts import TrainConfig, generator_of
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.apps.sample import SampleConfig
 from diffusion_trainer.evaluation import pictures
+from diffusion_trainer.sampling.noise import SampleNoise
 from diffusion_trainer.streaming.datamodule import Layout
 from diffusion_trainer.training.module import DiffusionModule, to_pixels
 
@@ -148,6 +149,37 @@ class NothingRead(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket not in self.readers, f"{func} reads values of a tensor"
         return func(*args, **(kwargs or {}))
+
+
+@on_each_device
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun", "dpmpp_2m", "unipc", "edm", "euler_maruyama"])
+def test_sampling_waits_for_no_device_between_its_first_and_its_last_step(tmp_path, device, sampler):
+    """And draws what the CPU draws."""
+    overrides = settings(tmp_path, device, *tiny.NETWORK, "precision=fp32", f"sampler={sampler}", "sampler.num_steps=8")
+    config, drawn = load("train", overrides, TrainConfig), []
+    for where in ("cpu", device):
+        module = rank.module_of(config, tmp_path, rank.progress_of(config), where).to(where).eval()
+        generator = generator_of(config, module.model, module.objective, torch.device(where), 0)
+        generator.draw([0], torch.tensor([0]))  # what is known of each level is looked up once
+        noise = SampleNoise(0, list(range(6)), generator.shape, generator.device)
+        waiting = never_waiting(where)
+
+        def watch(i: int, x: torch.Tensor, x_0_hat: torch.Tensor, waiting=waiting) -> None:
+            if i == 0:
+                waiting.__enter__()
+            elif i == 7:  # before the one look at the numbers
+                waiting.__exit__(None, None, None)
+
+        arguments = (
+            generator.denoiser,
+            generator.schedule,
+            generator.variance,
+            noise(),
+            torch.arange(6).to(where),
+            noise,
+        )
+        drawn.append(generator.sampler(*arguments, on_step=watch).cpu())
+    torch.testing.assert_close(drawn[1], drawn[0], atol=1e-3, rtol=1e-3)
 
 
 @on_each_device
