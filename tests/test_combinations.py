@@ -40,6 +40,9 @@ RULES = {
     ("learned schedule", "schedule=learned", "Hybrid"): lambda r: (
         r.get("schedule") == "learned" and r.get("objective") in {"hybrid", "npr", "sn", "uncertainty"}
     ),
+    ("evens out the losses",): lambda r: (
+        r.get("objective") == "uncertainty" and r.get("timesteps") == "loss_second_moment"
+    ),
     ("trains a head alone",): lambda r: (
         r.get("objective") in {"npr", "sn"} and r.get("timesteps") == "loss_second_moment"
     ),

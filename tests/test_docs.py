@@ -16,9 +16,8 @@ from diffusion_trainer.apps import multirun
 from diffusion_trainer.apps.parts import TrainConfig, check_sampling
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "conf").rglob("*.yaml"))]
-COMMANDS = sorted(
-    {c for p in PAGES for c in re.findall(r"diffusion-trainer ((?:train|sample|evaluate|variance|likelihood) [^`\n&]+)", p.read_text())}
-)
+VERBS = "train|sample|evaluate|variance|likelihood"
+COMMANDS = sorted({c for p in PAGES for c in re.findall(rf"diffusion-trainer ((?:{VERBS}) [^`\n&]+)", p.read_text())})
 
 
 def runnable(command: str) -> bool:

@@ -91,7 +91,9 @@ def loaded(
     kind = KEY if weights == "ema" else WEIGHT
     if kind not in checkpoint.kinds:
         raise UserError(f"checkpoint {checkpoint.folder} has no {weights} weights; use weights=raw")
-    model.load_state_dict({**initial.read(run_of(checkpoint.folder)), **checkpoint.whole(kind)}, strict=True)
+    names = {name for name, _ in model.named_parameters()}
+    given = {name: weight for name, weight in initial.read(run_of(checkpoint.folder)).items() if name in names}
+    model.load_state_dict({**given, **checkpoint.whole(kind)}, strict=True)
     return parts, model
 
 

@@ -57,8 +57,8 @@ def of(init_from: str) -> dict[str, Tensor]:
 
 
 def apply(model: nn.Module, weights: Mapping[str, Tensor], init_from: str | None) -> None:
-    """Fills the parameters that `weights` names; UserError if one has another shape, or one that is not trained is
-    missing.
+    """Fills the parameters that `weights` names; UserError if one has another shape, or one that is not trained has
+    no weights.
     """
     for name, p in model.named_parameters():
         if name in weights and weights[name].shape != p.shape:

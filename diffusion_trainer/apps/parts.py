@@ -105,11 +105,11 @@ def check_sampling(config: Mapping[str, Any]) -> None:
         sampler.plan(objective.schedule.frozen(), variance)
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
-    needs_second = variance.needs_second
-    if needs_second and not objective.second:
+    if variance.trained_by and type(variance) is not objective.second:
         raise UserError(
-            f"variance: {type(variance).__name__} reads a second output of the network, which objective="
-            f"{type(objective).__name__} does not train; use variance=beta_tilde, or train with {needs_second}"
+            f"variance: {type(variance).__name__} reads a second output of the network, which "
+            f"{type(objective).__name__} does not train for it; use variance=beta_tilde, or train with "
+            f"{variance.trained_by}"
         )
 
 

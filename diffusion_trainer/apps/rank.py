@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import distributed
 
 import diffusion_trainer
 from diffusion_trainer.apps import config as configuration
@@ -161,7 +162,11 @@ def main() -> int:
     """With the folder as the only argument, as the parent starts it; the exit code."""
     folder = Path(sys.argv[1])
     try:
-        return work(configuration.read(folder / "config.yaml"), folder, processes.current())
+        code = work(configuration.read(folder / "config.yaml"), folder, processes.current())
+        if distributed.is_initialized():
+            # Threads of gloo that outlive the interpreter abort the process now and then, after all is done.
+            distributed.destroy_process_group()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,4 @@
-"""diffusion-trainer variance: measures a checkpoint's posterior variance, for variance=analytic and optimal
-trajectories.
+"""diffusion-trainer variance: measures a checkpoint's posterior variance, for analytic variances and trajectories.
 
 Under torchrun or srun the ranks share the work.
 """

@@ -10,8 +10,7 @@ KEY = "objective"  # in the run's state
 class Observing(RunCallback):
     """After each step, all losses and times of its global batch, in the order of the batch, whoever computed them.
 
-    Only for objectives that adapt to them (importance sampling of t): it reads numbers from the device and gathers
-    them.
+    Only for objectives that adapt to them (importance sampling of t): numbers are read from the device and gathered.
     """
 
     def start(self) -> None:

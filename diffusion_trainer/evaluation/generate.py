@@ -34,9 +34,7 @@ class Generator:
         return self.sampler(self.guidance(self.denoiser), self.schedule, self.variance, noise(), condition, noise)
 
     def map(self, x_T: Tensor, condition: Tensor | None) -> Tensor:
-        """x_0 (B, ...) of given x_T (B, ...), by a sampler that draws no noise of its own; condition: (B, ...) or
-        None.
-        """
+        """x_0 (B, ...) of given x_T (B, ...), by a sampler that draws no noise; condition: (B, ...) or None."""
         condition = None if condition is None else condition.to(self.device)
 
         def no_noise() -> Tensor:

@@ -27,9 +27,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """Pictures (N, C, H, W) uint8 in rows of `columns` (None: about square), arrays for the .npz, a line for the
-    person.
-    """
+    """Pictures (N, C, H, W) uint8 in rows of `columns` (None: about square), arrays for the .npz, and what to say."""
 
     images: Tensor
     columns: int | None

@@ -58,9 +58,7 @@ class Attention(nn.Module):
 
 
 class SecondHead(nn.Module):
-    """The last features (B, into, H, W) -> (B, channels, H, W), for what else is to be known of x_0 (Bao et al.
-    2022b).
-    """
+    """The last features (B, into, H, W) -> (B, channels, H, W): a second output (Bao et al. 2022b, section 4)."""
 
     def __init__(self, into: int, channels: int, dim: int, groups: int):
         super().__init__()

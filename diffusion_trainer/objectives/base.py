@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffusion_trainer.conventions import Draws
 from diffusion_trainer.process.predictions import Prediction
 from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.variances import PosteriorVariance
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, c_noise, condition) -> F
 
@@ -37,8 +38,8 @@ class Objective(ABC):
 
     @property
     @abstractmethod
-    def second(self) -> bool:
-        """Whether the network must have a second output."""
+    def second(self) -> type[PosteriorVariance] | None:
+        """The reverse variance that reads the network's second output; None if it needs to have none."""
 
     @property
     def learned(self) -> tuple[nn.Module, ...]:

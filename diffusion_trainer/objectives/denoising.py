@@ -12,6 +12,7 @@ from diffusion_trainer.process.levels import Level
 from diffusion_trainer.process.predictions import Coefficients, Prediction
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.timesteps import Timesteps
+from diffusion_trainer.process.variances import PosteriorVariance
 from diffusion_trainer.process.weightings import Weighting
 
 
@@ -56,8 +57,8 @@ class Denoising(Objective):
             )
 
     @property
-    def second(self) -> bool:
-        return False
+    def second(self) -> type[PosteriorVariance] | None:
+        return None
 
     @property
     def observes(self) -> bool:

@@ -1,6 +1,4 @@
-"""The hybrid objective: the mean by the denoising loss, the variance by the variational bound (Nichol and Dhariwal
-2021).
-"""
+"""The hybrid objective: the mean by the denoising loss, the variance by the bound (Nichol and Dhariwal 2021)."""
 
 from dataclasses import dataclass
 
@@ -12,7 +10,7 @@ from diffusion_trainer.objectives.base import LossTerms, Network
 from diffusion_trainer.objectives.denoising import AroundDenoising, Denoising, Pass
 from diffusion_trainer.process.decoders import DiscretizedGaussian
 from diffusion_trainer.process.levels import Level
-from diffusion_trainer.process.variances import Estimate, Learned, ReverseStep
+from diffusion_trainer.process.variances import Estimate, Learned, PosteriorVariance, ReverseStep
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Hybrid(AroundDenoising):
             raise ValueError("Hybrid adds a term that a learned schedule must not lower; use a schedule that is fixed")
 
     @property
-    def second(self) -> bool:
-        return True
+    def second(self) -> type[PosteriorVariance]:
+        return Learned
 
     def __call__(self, network: Network, x_0: Tensor, condition: Tensor | None, draws: Draws) -> LossTerms:
         p = self.denoising.run(network, x_0, condition, draws)

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_trainer.conventions import Draws, expand
 from diffusion_trainer.objectives.base import LossTerms, Network
 from diffusion_trainer.objectives.denoising import AroundDenoising, Denoising, Pass
+from diffusion_trainer.process.variances import NoiseVariance, PosteriorVariance
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class _SecondStage(AroundDenoising):
             )
 
     @property
-    def second(self) -> bool:
-        return True
+    def second(self) -> type[PosteriorVariance]:
+        return NoiseVariance
 
     def trains(self, parameter: str) -> bool:
         return parameter.startswith("network.second_head.")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffusion_trainer.conventions import Draws
 from diffusion_trainer.objectives.base import LossTerms, Network
 from diffusion_trainer.objectives.denoising import AroundDenoising, Denoising
+from diffusion_trainer.process.variances import PosteriorVariance
 
 
 class Uncertainty(nn.Module):
@@ -35,13 +36,18 @@ class LearnedUncertainty(AroundDenoising):
     def __init__(self, denoising: Denoising, features: int = 128):
         if features < 1:
             raise ValueError(f"features must be positive, not {features}")
+        if denoising.timesteps.observes:
+            raise ValueError(
+                "LearnedUncertainty evens out the losses that timesteps=loss_second_moment would follow; use "
+                "timesteps=stratified"
+            )
         if denoising.schedule.learned:
             raise ValueError("LearnedUncertainty changes the bound that schedule=learned needs; use another schedule")
         self.denoising, self.uncertainty = denoising, Uncertainty(features)
 
     @property
-    def second(self) -> bool:
-        return False
+    def second(self) -> type[PosteriorVariance] | None:
+        return None
 
     @property
     def learned(self) -> tuple[nn.Module, ...]:

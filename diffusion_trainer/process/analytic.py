@@ -31,9 +31,9 @@ class Statistics(NamedTuple):
     about: dict  # which model: checkpoint, weights, ...
 
     def at(self, log_snr: Tensor, diagonal: bool) -> Tensor:
-        """(N,), or (N, C, H, W) entry by entry, at log-SNRs (N,): linear between the logarithms, which are nearly
-        linear
-        (the error tends to 1 / SNR); constant beyond the ends.
+        """(N,), or (N, C, H, W) entry by entry, at log-SNRs (N,).
+
+        Linear between the logarithms, which are nearly linear (the error tends to 1 / SNR); constant beyond the ends.
         """
         table = self.error if diagonal else self.error.flatten(1).mean(1)
         table = table.clamp(min=TINY).log()  # entries that are the same in all images are estimated without error

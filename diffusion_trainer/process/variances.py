@@ -60,7 +60,7 @@ class ReverseStep(NamedTuple):
 class PosteriorVariance(ABC):
     """An estimate of Var[x_0 | x_t], from which the variance of every reverse step follows."""
 
-    needs_second: ClassVar[str | None] = None  # the objectives whose networks have the second output that it reads
+    trained_by: ClassVar[str | None] = None  # the objectives whose second output it reads
 
     @abstractmethod
     def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
@@ -91,14 +91,13 @@ class FixedLarge(PosteriorVariance):
 
 @dataclass(frozen=True)
 class Learned(PosteriorVariance):
-    """exp(f log beta + (1 - f) log beta-tilde), f = (second + 1) / 2, as DDPM's step (Nichol and Dhariwal 2021, eq.
-    15).
+    """exp(f log beta + (1 - f) log beta-tilde), f = (second + 1) / 2 (Nichol and Dhariwal 2021, eq. 15).
 
-    Trained by objective=hybrid. To s = 0, where beta-tilde is 0, it is taken for half of beta (in their code it is the
-    next step's, which is that for betas that are nearly equal).
+    Trained by objective=hybrid. To s = 0, where beta-tilde is 0, half of beta stands for it (in their code the next
+    step's does, which is that for betas that are nearly equal).
     """
 
-    needs_second: ClassVar[str | None] = "objective=hybrid"
+    trained_by: ClassVar[str | None] = "objective=hybrid"
 
     def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
         step, variance = ReverseStep.of(t, s), self.of_step(t, s)
@@ -124,7 +123,7 @@ class NoiseVariance(PosteriorVariance):
     """
 
     bound: float | None = 1.0
-    needs_second: ClassVar[str | None] = "objective=npr or sn"
+    trained_by: ClassVar[str | None] = "objective=npr or sn"
 
     def at(self, t: Level, s: Level) -> Callable[[Estimate], float | Tensor]:
         if not t.alpha:  # x_t says nothing, and the residual of the noise is 0 / 0

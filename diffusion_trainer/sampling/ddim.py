@@ -20,12 +20,12 @@ class _Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class DDIM(Solver):
-    """x_s = alpha_s x_0_hat + sqrt(sigma_s^2 - v) eps_hat + sqrt(v + ...) z,  v = eta^2 beta-tilde  (eq. 12 and 16).
+    """x_s = alpha_s x_0_hat + sqrt(sigma_s^2 - v) eps_hat + sqrt(v) z with v = eta^2 beta-tilde (eq. 12 and 16).
 
-    eta 0 is the deterministic map, first-order accurate for the probability-flow ODE (and Euler's method in sigma /
-    alpha
-    or in t of a rectified flow); eta 1 is ancestral sampling (and "Euler ancestral" of the literature on sigmas). The
-    reverse variance adds its own part to v: Analytic-DDPM and Analytic-DDIM (Bao et al. 2022, eq. 8 and appendix G).
+    eta 0 is the deterministic map, first-order accurate for the probability-flow ODE; it is also Euler's method in
+    sigma / alpha, and in t of a rectified flow. eta 1 is ancestral sampling, and the "Euler ancestral" of sigma space.
+    The reverse variance adds its own part to the noise, c^2 Var[x_0 | x_t] with c the coefficient of x_0_hat: from
+    beta to Analytic-DDPM and Analytic-DDIM (Bao et al. 2022, theorem 1).
     """
 
     eta: float = 0.0

@@ -67,10 +67,25 @@ def interpolated(nodes: Sequence[Level], t: Level, s: Level) -> Combination:
     integrals = list(step.weights)
     for k in range(1, len(nodes)):
         integrals.append(s.alpha - k / h * integrals[-1])
-    tau = torch.tensor([(node.half_log_snr - t.half_log_snr) / h for node in nodes], dtype=torch.float64)
-    powers = torch.linalg.vander(tau).T
-    weights = torch.linalg.solve(powers, torch.tensor(integrals, dtype=torch.float64))
-    return Combination(step.of_x, tuple(weights.tolist()))
+    tau = [(node.half_log_snr - t.half_log_snr) / h for node in nodes]
+    return Combination(step.of_x, tuple(_quadrature(tau, integrals)))
+
+
+def _quadrature(nodes: Sequence[float], integrals: Sequence[float]) -> list[float]:
+    """The weights w with sum_i w_i nodes_i^k = integrals_k, k < N (Bjorck and Pereyra 1970, the primal algorithm).
+
+    In Python's floats: a plan has one for each step, and a solver of linear systems takes ten times as long to start.
+    """
+    w, n = list(integrals), len(nodes)
+    for k in range(n - 1):
+        for i in range(n - 1, k, -1):
+            w[i] -= nodes[k] * w[i - 1]
+    for k in range(n - 2, -1, -1):
+        for i in range(k + 1, n):
+            w[i] /= nodes[i] - nodes[i - k - 1]
+        for i in range(k, n - 1):
+            w[i] -= w[i + 1]
+    return w
 
 
 class _Plan(NamedTuple):

@@ -68,9 +68,7 @@ def step_costs(schedule: Schedule, times: Tensor, statistics: Statistics) -> Ten
 
 
 def shortest_path(cost: Tensor, num_steps: int) -> Tensor:
-    """(num_steps + 1,) int64: the indices, descending, of the cheapest path from the last one to 0 in that many
-    steps.
-    """
+    """(num_steps + 1,) int64, descending: the indices of the cheapest path of that many steps from the last to 0."""
     best, came_from = cost[0].clone(), []  # of reaching each index from 0 in one step
     for _ in range(num_steps - 1):
         best, previous = (best[:, None] + cost).min(0)

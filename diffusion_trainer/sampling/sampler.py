@@ -88,9 +88,9 @@ class Sampler:
 
     @torch.no_grad()
     def encode(self, denoiser: Denoiser, schedule: Schedule, x_0: Tensor, condition: Tensor | None) -> Tensor:
-        """x_0 -> the x_T, both (B, ...), that the deterministic map takes to it: the same steps backwards (Song et al.
-        2021,
-        DDIM, section 4.3). alpha x_0 is taken for x at the cleanest time. ValueError for a solver that draws noise.
+        """x_0 -> the x_T, both (B, ...), that the deterministic map takes to it: the same steps backwards (Song, Meng
+        and Ermon 2021, section 4.3). alpha x_0 is taken for x at the cleanest time. ValueError for a solver that draws
+        noise.
         """
         at, x = self._flow(denoiser, schedule, x_0, condition, encode=True)
         return x / at.sigma

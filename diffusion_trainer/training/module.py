@@ -53,6 +53,15 @@ class DiffusionModule(LightningModule):
         self.images_seen = 0
         self.last_terms: LossTerms | None = None  # of the last micro-batch, for callbacks
 
+    def train(self, mode: bool = True) -> "DiffusionModule":
+        """Modules whose parameters are all frozen stay in evaluation mode: they were trained with their dropout."""
+        super().train(mode)
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
+
     def on_before_batch_transfer(self, batch: Mapping, dataloader_idx: int) -> Mapping:
         if "error" in batch:
             raise UserError(batch["error"])

@@ -321,7 +321,7 @@ def test_a_sweep_of_evaluations_of_a_sweep_of_runs(cli, workplace, trained):
         rows = list(csv.DictReader(file))
     assert [bool(row["fid"]) for row in rows] == [True, True, False, False]
     for row, steps in zip(rows[:2], (2, 3), strict=True):
-        report = workplace / "runs" / "other" / "multirun" / "evaluate" / f"sampler.solver.eta-0+sampler.num_steps-{steps}.json"
-        report = json.loads(report.read_text())
+        name = f"sampler.solver.eta-0+sampler.num_steps-{steps}.json"
+        report = json.loads((workplace / "runs" / "other" / "multirun" / "evaluate" / name).read_text())
         assert report["provenance"]["sampler"]["num_steps"] == steps
         assert row["fid"] == str(report["metrics"]["fid"])

@@ -11,7 +11,11 @@ SETTINGS = {"base_channels": 8, "blocks_per_level": 1, "head_channels": 8, "grou
 
 def inputs(channels=3):
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, channels, 8, 8, generator=generator), torch.tensor([-0.5, 1.0]), torch.randn(2, 4, generator=generator)
+    return (
+        torch.randn(2, channels, 8, 8, generator=generator),
+        torch.tensor([-0.5, 1.0]),
+        torch.randn(2, 4, generator=generator),
+    )
 
 
 def unet(second_head, channels=3, seed=0):

@@ -81,8 +81,8 @@ def test_bound_term_is_the_kl_divergence_from_the_forward_posterior(schedule):
     p = objective.denoising.run(network(0.2), pixels(len(t)), None, draws(len(t)))
     terms = objective.bound_term(p)
     for i in range(len(t)):
-        one = p._replace(x_0=p.x_0[i : i + 1], x_t=p.x_t[i : i + 1], second=p.second[i : i + 1], output=p.output[i : i + 1],
-                         coefficients=type(p.coefficients)(*(c[i : i + 1] for c in p.coefficients)))  # fmt: skip
+        part = {name: getattr(p, name)[i : i + 1] for name in ("x_0", "x_t", "second", "output")}
+        one = p._replace(**part, coefficients=type(p.coefficients)(*(c[i : i + 1] for c in p.coefficients)))
         assert_close(terms[i : i + 1].double(), by_hand(schedule, t[i].double(), one), rtol=2e-4, atol=1e-7)
 
 
@@ -136,7 +136,9 @@ def test_best_constant_second_output_gives_the_optimal_variance(schedule, place)
     time = torch.tensor(max(low + place * (high - low), 2 / steps)).clamp(max=high)
     t, s = levels(schedule, [time.item(), time.double().item() - 1 / steps])
     best = data.optimal_variance(s.alpha, s.sigma, t.alpha, t.sigma).item()
-    assert best == pytest.approx(ReverseStep.of(t, s).variance(Learned().at(t, s)(second_of(best, t, s))).item(), rel=1e-6)
+    assert best == pytest.approx(
+        ReverseStep.of(t, s).variance(Learned().at(t, s)(second_of(best, t, s))).item(), rel=1e-6
+    )
     objective = hybrid(schedule, time.expand(n), num_timesteps=steps)
     exact = ExactNetwork(data, schedule, V())
     x_0 = data.sample(n, torch.Generator().manual_seed(1))[0].float()

@@ -1,5 +1,5 @@
-"""The gradient of a learned schedule is that of the squared loss, the network's that of the loss; the mean loss is the same
-for every schedule.
+"""The gradient of a learned schedule is that of the squared loss, the network's that of the loss; the mean loss is the
+same for every schedule.
 """
 
 import pytest
@@ -17,7 +17,11 @@ from diffusion_trainer.training.randomness import LaneDraws
 
 PREDICTIONS, WEIGHTINGS = built("prediction"), built("weighting")
 INVARIANT = {name: w for name, w in WEIGHTINGS.items() if w.invariant}
-TIMESTEPS = {"stratified": Stratified(), "importance": LogitNormal(0.0, 2.0, corrected=True), "adaptive": LossSecondMoment()}
+TIMESTEPS = {
+    "stratified": Stratified(),
+    "importance": LogitNormal(0.0, 2.0, corrected=True),
+    "adaptive": LossSecondMoment(),
+}
 
 
 def moved(seed):
@@ -58,7 +62,7 @@ def direct(objective, network, x_0, d):
 @each("prediction", PREDICTIONS)
 @each("weighting", INVARIANT)
 @each("timesteps", TIMESTEPS)
-def test_schedule_has_the_gradient_of_the_squared_loss_and_the_network_that_of_the_loss(prediction, weighting, timesteps):
+def test_schedule_has_the_gradient_of_the_square_and_the_network_that_of_the_loss(prediction, weighting, timesteps):
     schedule = moved(0)
     objective = Denoising(schedule, prediction, timesteps, weighting)
     net, network = small_network()
@@ -85,7 +89,9 @@ def test_gradients_of_two_halves_of_a_batch_are_those_of_the_whole():
     objective = Denoising(schedule, PREDICTIONS["v"], Stratified(), WEIGHTINGS["elbo_continuous"])
     net, network = small_network()
     parameters, x_0 = [*schedule.parameters(), *net.parameters()], data(64)
-    whole = torch.autograd.grad(objective(network, x_0, None, LaneDraws(0, 0, 64, 64, 2, x_0.device)).loss.mean(), parameters)
+    whole = torch.autograd.grad(
+        objective(network, x_0, None, LaneDraws(0, 0, 64, 64, 2, x_0.device)).loss.mean(), parameters
+    )
     halves = [
         objective(network, x_0[i : i + 32], None, LaneDraws(0, i, 32, 64, 2, x_0.device)).loss.mean() for i in (0, 32)
     ]
@@ -99,7 +105,9 @@ def test_weightings_whose_loss_depends_on_the_schedule_are_named_and_refused(wei
     if weighting.invariant:
         assert Denoising(moved(0), PREDICTIONS["v"], Stratified(), weighting).learned
     else:
-        with pytest.raises(ValueError, match=rf"{type(weighting).__name__}'s loss small.*weighting=elbo_continuous or sigmoid"):
+        with pytest.raises(
+            ValueError, match=rf"{type(weighting).__name__}'s loss.*weighting=elbo_continuous or sigmoid"
+        ):
             Denoising(moved(0), PREDICTIONS["v"], Stratified(), weighting)
 
 
@@ -111,7 +119,9 @@ def test_mean_loss_is_the_same_for_every_schedule_with_the_same_ends(weighting):
     tables = [LogSNRTable(13.3 - 18.3 * (0.1 * share + 0.9 * share**power), 0.001) for power in (3, 8)]
     for frozen in (LearnedSchedule().frozen(), moved(0).frozen(), *tables):
         objective = Denoising(frozen, PREDICTIONS["v"], Stratified(), weighting)
-        loss = objective(ExactNetwork(MIXTURE, frozen, PREDICTIONS["v"]), data(20_000), None, draws(20_000)).loss.double()
+        loss = objective(
+            ExactNetwork(MIXTURE, frozen, PREDICTIONS["v"]), data(20_000), None, draws(20_000)
+        ).loss.double()
         means.append(loss.mean())
         spreads.append(loss.std())
         errors.append(loss.std() / len(loss) ** 0.5)

@@ -169,7 +169,12 @@ def test_only_the_second_head_trains(kind):
     this = objective(kind, COSINE)
     assert this.second
     assert this.trains("network.second_head.conv.weight")
-    for name in ("network.conv_out.weight", "conditioning.embedding.weight", "network.second_headless.weight", "learned.0.w"):
+    for name in (
+        "network.conv_out.weight",
+        "conditioning.embedding.weight",
+        "network.second_headless.weight",
+        "learned.0.w",
+    ):
         assert not this.trains(name)
 
 
@@ -187,7 +192,7 @@ def test_conf_trains_a_head_that_exists_and_refuses_what_moves_the_mean(name):
 
 
 def test_epsilon_prediction_gives_its_output_back():
-    """x_0_hat divides by alpha and eps_hat multiplies by it again: in float32 that must not cost the residual its digits."""
+    """x_0_hat divides by alpha and eps_hat multiplies by it again: in float32 that must not cost the digits."""
     for schedule in SCHEDULES.values():
         if schedule.at_noisy_end.alpha:
             this = objective(NPR, schedule, prediction=Epsilon())

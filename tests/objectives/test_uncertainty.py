@@ -1,4 +1,4 @@
-"""Learned uncertainty: its minimum is the logarithm of the mean loss, and it is trained, averaged and saved like a weight."""
+"""Learned uncertainty: its minimum is the logarithm of the mean loss; it is trained, averaged and saved."""
 
 import pytest
 import torch
@@ -83,14 +83,17 @@ def test_network_learns_from_each_level_over_its_uncertainty():
 
 
 def test_at_first_it_is_the_loss_itself():
-    terms, plain = LearnedUncertainty(denoising())(network, data(), None, draws()), denoising()(network, data(), None, draws())
+    terms, plain = (
+        LearnedUncertainty(denoising())(network, data(), None, draws()),
+        denoising()(network, data(), None, draws()),
+    )
     for ours, theirs in zip(terms, plain, strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_it_learns_the_mean_loss_of_every_level():
     """Of any smooth loss: after training u is its logarithm, within what a few features can tell apart."""
-    uncertainty, optimizer = Uncertainty(128), None
+    uncertainty = Uncertainty(128)
     optimizer = torch.optim.Adam(uncertainty.parameters(), 0.01)
     c_noise = torch.linspace(-2.5, 2.5, 400)
     mean_loss = 0.01 + torch.sigmoid(2 * c_noise)

@@ -1,7 +1,8 @@
-"""Analytic-DPM: with the statistics of an exact model every step has the optimal variance, and no fixed one a lower bound."""
+"""Analytic-DPM: with an exact model's statistics every step has the optimal variance, no fixed one a lower bound."""
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def write(path, statistics):
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory):
-    """Name of data -> a file with the true numbers, as the measurement writes them, over the ranges of all schedules."""
+    """Name of data -> a file with the true numbers, as the measurement writes them, over all schedules' ranges."""
     folder, at = tmp_path_factory.mktemp("statistics"), torch.linspace(-14, 20, 300, dtype=torch.float64)
     return {name: write(folder / name, Statistics(at, truth(data, at), {})) for name, data in DATA.items()}
 
@@ -103,7 +104,9 @@ def test_every_step_has_the_optimal_variance(schedule, statistics, name, eta):
         known = DATA[name].optimal_variance(*args, n=2_000, generator=generator, lambda_squared=step.kept).item()
         if eta == 1:
             generator.manual_seed(0)
-            assert known == pytest.approx(DATA[name].optimal_variance(*args, n=2_000, generator=generator).item(), rel=1e-9)
+            assert known == pytest.approx(
+                DATA[name].optimal_variance(*args, n=2_000, generator=generator).item(), rel=1e-9
+            )
         assert given == pytest.approx(known, rel=1e-3 if name == "gaussian" else 5e-2)
 
 
@@ -129,7 +132,7 @@ def closed_bound(schedule, variance, num_steps, spread_of):
     total = 0.0
     at = levels(schedule, UniformLogSNR()(schedule, num_steps))
     spread = spread_of(torch.tensor([max(level.log_snr, -14.0) for level in at[:-1]], dtype=torch.float64))
-    for i, (t, s) in enumerate(zip(at[:-2], at[1:-1], strict=True)):
+    for i, (t, s) in enumerate(pairwise(at[:-1])):
         step = ReverseStep.of(t, s)
         reverse = torch.as_tensor(step.variance(variance.at(t, s)(NOTHING)), dtype=torch.float64)
         ratio = step.kept / reverse
@@ -141,7 +144,7 @@ def closed_bound(schedule, variance, num_steps, spread_of):
 
 @each("name", {name: name for name in DATA})
 def test_its_bound_is_never_above_that_of_a_fixed_variance_and_the_gap_closes(schedule, statistics, name):
-    """At any number of steps. (The mixture's error is here what its statistics say, so that no sampling error decides.)"""
+    """At any number of steps. (The mixture's error is here what its statistics say: no sampling error decides.)"""
     analytic, gaps = Analytic(statistics[name]), []
 
     def spread_of(log_snr):
@@ -203,7 +206,7 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
 
 
 def test_without_a_file_it_says_who_needs_it_and_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match=r"^trajectory needs the variance statistics of the model: run `diffusion-trainer var"):
+    with pytest.raises(ValueError, match=r"^trajectory needs the variance statistics of the model: run `diff"):
         required(None, "trajectory")
     with pytest.raises(ValueError, match=r"missing\.st is missing"):
         required(str(tmp_path / "missing.st"), "trajectory")

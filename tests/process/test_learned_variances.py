@@ -1,4 +1,4 @@
-"""Variances that networks give: within their bounds, the paper's interpolation, and never less than what a step keeps."""
+"""Variances that networks give: within bounds, the paper's interpolation, and never less than what a step keeps."""
 
 from math import inf, log
 
@@ -7,7 +7,7 @@ import torch
 from options import built, each
 from torch.testing import assert_close
 
-from diffusion_trainer.process.levels import levels
+from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.variances import Estimate, Learned, NoiseVariance, ReverseStep, transition_variance
 
 SCHEDULES = {name: schedule.frozen() for name, schedule in built("schedule").items()}
@@ -64,7 +64,7 @@ def test_it_is_never_below_what_the_step_keeps_whatever_the_second_output(schedu
 def test_levels_of_a_batch_give_what_floats_do(schedule):
     """As training and sampling ask."""
     pairs = list(steps(schedule))
-    t, s = (type(pairs[0][0])(*torch.tensor([list(p[k]) for p in pairs], dtype=torch.float64).T[:, :, None]) for k in (0, 1))
+    t, s = (Level(*torch.tensor([list(p[k]) for p in pairs], dtype=torch.float64).T[:, :, None]) for k in (0, 1))
     second = torch.linspace(-1, 1, 7, dtype=torch.float64).expand(len(pairs), 7)
     together = Learned().of_step(t, s)(of(second))
     for i, (one_t, one_s) in enumerate(pairs):
@@ -86,7 +86,7 @@ def test_noise_variance_is_scaled_to_x_0_and_kept_within_its_bound(schedule):
 
 def test_variances_of_conf_say_which_objectives_they_need():
     variances = built("variance")
-    assert {name: bool(v.needs_second) for name, v in variances.items()} == {
+    assert {name: bool(v.trained_by) for name, v in variances.items()} == {
         "analytic": False, "analytic_diagonal": False, "beta": False, "beta_tilde": False,
         "learned": True, "npr": True, "sn": True,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Importance sampling of t by the losses seen: equation 18, unbiased, and the same on every rank and after a restart."""
+"""Importance sampling of t by the losses seen: equation 18, unbiased, the same on every rank and after a restart."""
 
 import json
 from itertools import permutations
@@ -35,7 +35,9 @@ def middles(bins, schedule=COSINE):
 def full(bins=10, history=3, uniform=0.001, seed=0):
     """All bins full, of losses that differ; and the losses, (bins, history)."""
     out = LossSecondMoment(bins, history, uniform)
-    losses = torch.rand(bins, history, generator=torch.Generator().manual_seed(seed)) * torch.arange(1, bins + 1)[:, None]
+    losses = (
+        torch.rand(bins, history, generator=torch.Generator().manual_seed(seed)) * torch.arange(1, bins + 1)[:, None]
+    )
     for k in range(history):
         out.observe(COSINE, losses[:, k], middles(bins))
     return out, losses.double()
@@ -87,7 +89,9 @@ def test_times_fall_into_bins_in_their_shares_and_uniformly_within():
 
 
 @every_schedule
-@pytest.mark.parametrize("function", [torch.ones_like, lambda t: t, lambda t: (7 * t).sin(), lambda t: (t > 0.93).double()])
+@pytest.mark.parametrize(
+    "function", [torch.ones_like, lambda t: t, lambda t: (7 * t).sin(), lambda t: (t > 0.93).double()]
+)
 def test_importance_makes_every_mean_the_uniform_one(schedule, function):
     timesteps, _ = full(bins=20)
     t, importance = timesteps(schedule, draws(200_000))
@@ -182,8 +186,10 @@ def run_with(world, micro_batches, order=None, state=None, steps=6, skip=0):
     shared = {}
     ranks = []
     for rank in range(world):
-        objective = Denoising(COSINE, V(), LossSecondMoment(3, 4), Unit())
-        module = SimpleNamespace(objective=objective, images_seen=0, progress=SimpleNamespace(batch_size=BATCH), last_terms=None)
+        objective = Denoising(COSINE, V(), LossSecondMoment(3, 40), Unit())
+        module = SimpleNamespace(
+            objective=objective, images_seen=0, progress=SimpleNamespace(batch_size=BATCH), last_terms=None
+        )
 
         def gather(value, rank=rank):
             shared[rank] = list(value)
@@ -220,7 +226,7 @@ def test_order_of_the_gathered_shares_makes_no_difference():
 
 
 def test_observing_is_what_the_timesteps_make_of_the_whole_batch():
-    timesteps = LossSecondMoment(3, 4)
+    timesteps = LossSecondMoment(3, 40)
     for loss, t, importance in batches(6):
         timesteps.observe(COSINE, loss * importance / importance, t)
     assert run_with(1, 1)[KEY] == timesteps.state()
