@@ -24,10 +24,11 @@ quickstart: $(READY)  ## train, sample and score a diffusion model of handwritte
 	@$(BIN)/diffusion-trainer train experiment=digits
 
 check: $(READY) lint  ## the fast tests (under 2 minutes)
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -q -n logical -m "not slow and not gpu"
 
 test: $(READY) lint  ## all tests
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n logical -m "not slow"
+	@$(BIN)/python -m pytest -q -m slow
 
 lint: $(READY)  ## style and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -50,6 +50,8 @@ SHAPES = ((4, 3, 32, 32), (16, 4, 32, 32))
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 TRAILING = LINEAR | {"timestep_spacing": "trailing"}
 DPM = LINEAR | {"use_lu_lambdas": True, "final_sigmas_type": "zero"}  # uniform in log-SNR
+SINGLESTEP = LINEAR | {"final_sigmas_type": "zero", "lower_order_final": True}
+MULTISTEP, LOG_SNR = "DPMSolverMultistepScheduler", UniformLogSNR()
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,11 @@ PAIRS = {
         DDIM(), "FlowMatchEulerDiscreteScheduler", prediction=Flow(), schedule=RectifiedFlow(t_max=1.0), scales=False
     ),
     "Heun": Pair(EDMHeun(), "HeunDiscreteScheduler", TRAILING),
-    "DPM-Solver++(2M)": Pair(DPMSolverPP2M(), "DPMSolverMultistepScheduler", DPM, grid=UniformLogSNR()),
-    "DPM-Solver++(3M)": Pair(
-        DPMSolverPP3M(), "DPMSolverMultistepScheduler", DPM | {"solver_order": 3}, grid=UniformLogSNR()
-    ),
-    "DPM-Solver++(2S)": Pair(
-        DPMSolverPP2S(),
-        "DPMSolverSinglestepScheduler",
-        LINEAR | {"final_sigmas_type": "zero", "lower_order_final": True},
-    ),
+    "DPM-Solver++(2M)": Pair(DPMSolverPP2M(), MULTISTEP, DPM, grid=LOG_SNR),
+    "DPM-Solver++(3M)": Pair(DPMSolverPP3M(), MULTISTEP, DPM | {"solver_order": 3}, grid=LOG_SNR),
+    "DPM-Solver++(2S)": Pair(DPMSolverPP2S(), "DPMSolverSinglestepScheduler", SINGLESTEP),
     "SDE-DPM-Solver++(2M)": Pair(
-        DPMSolverPPSDE2M(),
-        "DPMSolverMultistepScheduler",
-        DPM | {"algorithm_type": "sde-dpmsolver++"},
-        grid=UniformLogSNR(),
+        DPMSolverPPSDE2M(), MULTISTEP, DPM | {"algorithm_type": "sde-dpmsolver++"}, grid=LOG_SNR
     ),
     "UniPC": Pair(UniPC(), "UniPCMultistepScheduler", TRAILING | {"final_sigmas_type": "zero"}),
     "PNDM": Pair(PNDM(), "PNDMScheduler", TRAILING | {"skip_prk_steps": False}),

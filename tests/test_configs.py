@@ -25,7 +25,7 @@ def test_every_option_builds(path):
     if group in ELSEWHERE:
         nodes.build(node, group)
         return
-    base = ["experiment=digits"] if group != "experiment" else []
+    base = ["data=digits"] if group not in ("experiment", "data") else []
     files = [f"{group}.{key}=some.file" for key in missing(node)] if group == "guidance" else []
     config = configuration.load(
         "train", [*base, choice, "data.shards=x.tar", *WITH.get(choice, []), *files], TrainConfig

@@ -36,11 +36,13 @@ def load(verb: str, overrides: Sequence[str], schema: type[Schema], known: Mappi
         choices = [o for o in parsed if _is_group(o.key_or_group)]
         _check_options(choices)
         config = _compose(verb, [o.input_line for o in choices])
-        # A group chosen here is that option as its file has it: an experiment's values were for its own choice.
-        plain = _compose(verb, [o.input_line for o in choices if o.key_or_group != "experiment"])
-        for o in choices:
-            if o.key_or_group in plain and o.key_or_group in schema.model_fields:
-                OmegaConf.update(config, o.key_or_group, plain[o.key_or_group], merge=False)
+        groups = [o for o in choices if o.key_or_group != "experiment"]
+        if groups and len(groups) < len(choices):
+            # A group chosen here is that option as its file has it: an experiment's values were for its own choice.
+            plain = _compose(verb, [o.input_line for o in groups])
+            for o in groups:
+                if o.key_or_group in schema.model_fields:
+                    OmegaConf.update(config, o.key_or_group, plain[o.key_or_group], merge=False)
     chosen = {o.key_or_group for o in choices}
     for name, node in (known or {}).items():
         if name not in chosen:

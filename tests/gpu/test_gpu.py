@@ -152,7 +152,7 @@ class NothingRead(TorchDispatchMode):
 
 
 @on_each_device
-@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun", "dpmpp_2m", "unipc", "edm", "euler_maruyama"])
+@pytest.mark.parametrize("sampler", ["ancestral", "heun", "unipc"])
 def test_sampling_waits_for_no_device_between_its_first_and_its_last_step(tmp_path, device, sampler):
     """And draws what the CPU draws."""
     overrides = settings(tmp_path, device, *tiny.NETWORK, "precision=fp32", f"sampler={sampler}", "sampler.num_steps=8")

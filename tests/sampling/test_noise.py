@@ -9,6 +9,7 @@ import torch
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.schedules import Cosine
+from diffusion_trainer.process.variances import Estimate, FixedSmall
 from diffusion_trainer.sampling.ddim import DDIM
 from diffusion_trainer.sampling.grids import UniformTime
 from diffusion_trainer.sampling.guidance import ClassifierFree
@@ -27,9 +28,9 @@ class Cheap(Denoiser):
 
     calls: list[int] = field(default_factory=list)
 
-    def __call__(self, x_t, t, condition):
+    def __call__(self, x_t, level, condition):
         self.calls.append(len(x_t))
-        return 0.5 * x_t if condition is None else 0.5 * x_t + 0.1 * condition[:, None, None, None]
+        return Estimate(0.5 * x_t if condition is None else 0.5 * x_t + 0.1 * condition[:, None, None, None])
 
     def null(self, condition):
         return None if condition is None else torch.full_like(condition, -1)
@@ -37,7 +38,7 @@ class Cheap(Denoiser):
 
 def generator(seed=0):
     sampler = Sampler(DDIM(1.0), UniformTime(), 4)
-    return Generator(Cheap(), Cosine(), sampler, ClassifierFree(2.0), SHAPE, CPU, seed)
+    return Generator(Cheap(), Cosine(), sampler, FixedSmall(), ClassifierFree(2.0), SHAPE, CPU, seed)
 
 
 def images(batch_size, world, count=COUNT, conditions=CONDITIONS, seed=0):
