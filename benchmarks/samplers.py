@@ -6,9 +6,9 @@
 The network gives a tensor that it already has, and noise is drawn once for both sides, so what is measured is all the
 rest. Microseconds for each call of the network: of one run over all steps, ours and theirs in turns, in one thread.
 
-ours     the whole of `Sampler.__call__`: its plan, NetworkDenoiser and the look for NaN included
+ours     the whole of `Sampler.__call__`, NetworkDenoiser and the look for NaN included, less its plan
 theirs   the loop over scheduler.timesteps with scale_model_input and step, without set_timesteps
-ratio    median of ours / theirs of neighbouring runs; "of runs": with set_timesteps in theirs, as plan is in ours
+ratio    median of ours / theirs of neighbouring runs; "of runs": with plan in ours and set_timesteps in theirs
 plan     microseconds once for a run: Sampler.plan; set_timesteps; and what the first run of a NetworkDenoiser costs
          beyond later ones, as it computes the coefficients of its prediction
 
@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -163,17 +164,18 @@ def measure(pair: Pair, shape: Sequence[int], num_steps: int, device: torch.devi
     with fixed_noise(run.z):
         run.set_timesteps()
         calls = run.count(run.ours), run.count(run.theirs)
-        samples: dict[str, list[float]] = {name: [] for name in ("ours", "theirs", "plan", "set_timesteps", "first")}
+        samples = defaultdict(list)
         for _ in range(repetitions):
-            samples["set_timesteps"].append(1e6 * seconds(run.set_timesteps, device))
-            for name, count in zip(("ours", "theirs"), calls, strict=True):
-                samples[name].append(1e6 * seconds(getattr(run, name), device) / count)
-            samples["plan"].append(1e6 * seconds(run.plan, device))
+            set_timesteps, plan = (1e6 * seconds(once, device) for once in (run.set_timesteps, run.plan))
+            whole, theirs = (1e6 * seconds(loop, device) for loop in (run.ours, run.theirs))
+            samples["ours"].append((whole - plan) / calls[0])
+            samples["theirs"].append(theirs / calls[1])
+            samples["ratio"].append(samples["ours"][-1] / samples["theirs"][-1])
+            samples["ratio_of_runs"].append(whole / calls[0] / ((theirs + set_timesteps) / calls[1]))
+            samples["plan"].append(plan)
+            samples["set_timesteps"].append(set_timesteps)
             run.denoiser = run.new_denoiser()
-            samples["first"].append(1e6 * seconds(run.ours, device) - samples["ours"][-1] * calls[0])
-    triples = list(zip(samples["ours"], samples["theirs"], samples["set_timesteps"], strict=True))
-    samples["ratio"] = [ours / theirs for ours, theirs, _ in triples]
-    samples["ratio_of_runs"] = [ours / (theirs + once / calls[1]) for ours, theirs, once in triples]
+            samples["first"].append(1e6 * seconds(run.ours, device) - whole)
     return {"calls": calls, **{name: spread(values) for name, values in samples.items()}}
 
 
