@@ -99,3 +99,22 @@ def test_the_counts_of_the_readme_are_those_of_conf():
     }  # fmt: skip
     for words, group in names.items():
         assert f"{len(list((ROOT / 'conf' / group).glob('*.yaml')))} {words}" in text, words
+
+
+def test_the_tables_of_reverse_variances_are_those_of_their_sweeps_and_in_the_order_that_they_claim():
+    found = {}
+    with (ROOT / "docs" / "reverse_variances.csv").open(newline="") as file:
+        for r in csv.DictReader(file):
+            found[r["measure"], r["variance"], int(r["steps"])] = float(r["value"])
+    text = (ROOT / "docs" / "reverse_variances.md").read_text()
+    for measure, steps in (("fid", (5, 10, 25)), ("kl_terms", (5, 10, 25, 100)), ("bits_per_dim", (5, 10, 25, 100))):
+        for variance in {v for m, v, _ in found if m == measure}:
+            shown = " | ".join(f"{found[measure, variance, count]:.3f}" for count in steps)
+            assert f"| `{variance}` | {shown} |" in text
+        if measure == "bits_per_dim":
+            continue
+        for count in steps:
+            in_order = ["npr", "analytic_diagonal", "analytic"]
+            values = [found[measure, variance, count] for variance in in_order]
+            assert values == sorted(values)
+            assert values[-1] < min(found[measure, fixed, count] for fixed in ("beta", "beta_tilde"))
