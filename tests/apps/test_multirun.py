@@ -49,6 +49,14 @@ def command(tmp_path, monkeypatch):
     return sys.executable, str(tmp_path / "stand_in.py")
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """SIGINT means something here, also where the tests run in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def point(do: str) -> Point:
     out = Path(f"{do}.json")
     return Point((f"do={do}",), (f"do={do}", f"out={out}"), Place({}, out, out, Path("home")))
