@@ -9,6 +9,7 @@ import torch
 from diffusion_trainer.apps.config import dump
 from diffusion_trainer.apps.finished import FROM_THE_RUN, Finished, FinishedConfig, load, run_of
 from diffusion_trainer.apps.nodes import build
+from diffusion_trainer.apps.parts import check_sampling
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
@@ -31,6 +32,7 @@ def main(overrides: Sequence[str]) -> int:
     if config["evaluation"] is None:
         raise UserError("this run has no evaluation; choose one: evaluation=digits")
     evaluation = build(config["evaluation"], "evaluation", config["allowed_targets"])
+    check_sampling(config)
     finished = Finished.of(config, evaluation.seed)
     prepared = evaluation.prepare(finished.device, Agreement())
     conditioning = finished.parts.conditioning

@@ -11,7 +11,7 @@ from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import initial, statistics
 from diffusion_trainer.apps.initial import checkpoint_in, run_of
 from diffusion_trainer.apps.nodes import Schema
-from diffusion_trainer.apps.parts import Parts, check_sampling, dtype_of, generator_of
+from diffusion_trainer.apps.parts import Parts, check_variance, dtype_of, generator_of
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
@@ -65,8 +65,8 @@ class Finished:
     def of(cls, config: Mapping[str, Any], seed: int) -> "Finished":
         checkpoint = Checkpoint(checkpoint_in(Path(config["checkpoint"])))
         device = _device(config["accelerator"])
+        check_variance(config)
         parts, model = loaded(config, checkpoint, config["weights"], device)
-        check_sampling(config)
         generator = generator_of(config, model, parts.objective, device, seed)
         return cls(checkpoint, model, generator, parts, device)
 

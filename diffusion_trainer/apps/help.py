@@ -8,15 +8,16 @@ def describe(verb: str) -> str:
     text = (CONF / f"{verb}.yaml").read_text()
     groups = [p for p in sorted(CONF.iterdir()) if p.is_dir() and f"- {p.name}:" in text]
     lines = [
-        f"usage: diffusion-trainer {verb} [group=option] [key=value] ...",
+        f"usage: diffusion-trainer {verb} [-m] [group=option] [key=value] ...",
         "",
         f"keys and defaults (conf/{verb}.yaml)",
     ]
     lines += [f"  {line}" for line in text.splitlines()]
     lines += ["", "groups and their options (conf/<group>/<option>.yaml has the keys: set them with group.key=value)"]
-    for group in groups:
-        for option in sorted(group.glob("*.yaml")):
-            lines.append(f"  {group.name}={option.stem:<18} {_purpose(option.read_text())}")
+    options = [option for group in groups for option in sorted(group.glob("*.yaml"))]
+    names = [f"{option.parent.name}={option.stem}" for option in options]
+    width = max(map(len, names), default=0)
+    lines += [f"  {name:<{width}}  {_purpose(o.read_text())}" for name, o in zip(names, options, strict=True)]
     return "\n".join(lines)
 
 

@@ -99,12 +99,19 @@ def generator_of(
 
 def check_sampling(config: Mapping[str, Any]) -> None:
     """UserError if sampler, schedule, prediction and variance do not go together."""
+    check_variance(config)
     allowed = config["allowed_targets"]
     objective, sampler, variance = (build(config[g], g, allowed) for g in ("objective", "sampler", "variance"))
     try:
         sampler.plan(objective.schedule.frozen(), variance)
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
+
+
+def check_variance(config: Mapping[str, Any]) -> None:
+    """UserError if the reverse variance reads an output of the network that the objective does not train for it."""
+    allowed = config["allowed_targets"]
+    objective, variance = (build(config[g], g, allowed) for g in ("objective", "variance"))
     if variance.trained_by and type(variance) is not objective.second:
         raise UserError(
             f"variance: {type(variance).__name__} reads a second output of the network, which "

@@ -14,6 +14,7 @@ from diffusion_trainer.apps.config import dump
 from diffusion_trainer.apps.finished import Finished, FinishedConfig, load
 from diffusion_trainer.apps.initial import run_of
 from diffusion_trainer.apps.nodes import build
+from diffusion_trainer.apps.parts import check_sampling
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation import pictures
@@ -37,6 +38,7 @@ def main(overrides: Sequence[str]) -> int:
     if config["n"] < 1 or config["batch_size"] < 1:
         raise UserError(f"n={config['n']} and batch_size={config['batch_size']} must be positive")
     mode, data = (build(config[g], g, config["allowed_targets"]) for g in ("mode", "data"))
+    check_sampling(config)
     finished = Finished.of(config, config["seed"])
     conditioning = finished.parts.conditioning
     conditions = conditions_of(config, conditioning)

@@ -1,1 +1,4 @@
-"""The forward process as pure mathematics: frozen dataclasses over tensors, no parameters, no random state."""
+"""The forward process and its reverse as mathematics: frozen dataclasses over tensors, no random state.
+
+Only the learned schedule owns parameters, and is a module.
+"""

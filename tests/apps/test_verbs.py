@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -137,3 +139,18 @@ def test_a_pair_that_cannot_be_is_refused_before_the_weights_are_read():
         console.run(["sample", "checkpoint=runs/digits", "sampler=edm", "variance=beta"])
     with pytest.raises(UserError, match="num_steps=2 is too few for DPMSolverPP3M"):
         console.run(["sample", "checkpoint=runs/digits", "sampler=dpmpp_3m", "sampler.num_steps=2"])
+
+
+def test_a_likelihood_does_not_ask_what_the_sampler_would_do_with_its_variance(measured, trained, tmp_path):
+    """The run's sampler may have no use for a reverse variance; the bound has."""
+    config = (trained / "runs" / "digits" / "config.yaml").read_text()
+    other = tmp_path / "run"
+    shutil.copytree(trained / "runs" / "digits", other)
+    heun = "solver: {_target_: diffusion_trainer.sampling.runge_kutta.Heun}"
+    text, count = re.subn(r"solver: \{_target_: \S+DDIM, eta: 0.0\}", heun, config)
+    assert count == 1
+    (other / "config.yaml").write_text(text)
+    arguments = [f"checkpoint='{other}'", "variance=beta", "n=2"]
+    assert console.run(["likelihood", *arguments, "likelihood.num_steps=3"]) == 0
+    with pytest.raises(UserError, match="Heun has no use for the reverse variance FixedLarge"):
+        console.run(["sample", *arguments])
