@@ -28,7 +28,8 @@ check: $(READY) lint  ## the fast tests (under 2 minutes)
 
 test: $(READY) lint  ## all tests
 	@$(BIN)/python -m pytest -q -n logical -m "not slow"
-	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -n logical -m slow tests/test_combinations.py
+	@$(BIN)/python -m pytest -q -m slow --ignore tests/test_combinations.py  # whole runs, each with processes of its own
 
 lint: $(READY)  ## style and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
