@@ -93,7 +93,13 @@ def loaded(
         raise UserError(f"checkpoint {checkpoint.folder} has no {weights} weights; use weights=raw")
     names = {name for name, _ in model.named_parameters()}
     given = {name: weight for name, weight in initial.read(run_of(checkpoint.folder)).items() if name in names}
-    model.load_state_dict({**given, **checkpoint.whole(kind)}, strict=True)
+    found = {**given, **checkpoint.whole(kind)}
+    if names - set(found):
+        raise UserError(
+            f"{run_of(checkpoint.folder) / initial.FILE} is missing: it holds the weights that this run did not train; "
+            "the run's train command writes it again"
+        )
+    model.load_state_dict(found, strict=True)
     return parts, model
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
@@ -35,9 +37,14 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def read(run: Path) -> dict[str, Tensor]:
-    """The weights that a run started from, by name; none unless it had `init_from`."""
+    """The weights that a run started from, by name; none unless it had `init_from`. UserError if they are damaged."""
     path = run / FILE
-    return load_file(path) if path.is_file() else {}
+    try:
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); remove it, and the run's train command writes it again"
+        ) from error
 
 
 def write(run: Path, init_from: str | None) -> None:
@@ -77,5 +84,21 @@ def apply(model: nn.Module, weights: Mapping[str, Tensor], init_from: str | None
 
 
 def check(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
-    """UserError if the weights that the run starts from do not fit."""
-    apply(model, read(folder) or (of(config["init_from"]) if config["init_from"] else {}), config["init_from"])
+    """UserError if the weights that the run starts from do not fit, or are left alone and mean something else."""
+    weights, source = read(folder), config["init_from"]
+    if source and not weights:
+        weights = of(source)
+        if not all(p.requires_grad for p in model.parameters()):
+            _check_meaning(config, source)
+    apply(model, weights, source)
+
+
+def _check_meaning(config: Mapping[str, Any], source: str) -> None:
+    """A network that stays as it is must be read on the schedule and as the prediction that it was trained with."""
+    theirs = configuration.read(run_of(checkpoint_in(Path(source), "init_from")) / "config.yaml")
+    for group in ("schedule", "prediction"):
+        if theirs.get(group) != config[group]:
+            raise UserError(
+                f"init_from={source} was trained with another {group} ({theirs.get(group)}), and this objective "
+                f"leaves the network as it is; choose the same {group}=..."
+            )

@@ -1,16 +1,20 @@
 """Models that guide others, from checkpoints."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.finished import loaded
 from diffusion_trainer.apps.initial import checkpoint_in, run_of
 from diffusion_trainer.process.denoiser import Denoiser
+from diffusion_trainer.process.levels import Level, level_of_log_snr
+from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.variances import Estimate
 from diffusion_trainer.sampling.guidance import WeakModel
 from diffusion_trainer.training.checkpoints import Checkpoint
 
@@ -19,7 +23,7 @@ from diffusion_trainer.training.checkpoints import Checkpoint
 class CheckpointModel(WeakModel):
     """A run (its newest checkpoint) or one checkpoint: of a smaller network, of an earlier time, or with another EMA.
 
-    It reads x_t by its own schedule's levels, so it must have been trained on the same schedule.
+    Its schedule may be another than that of the model which it guides (see `OnItsSchedule`).
     """
 
     checkpoint: str
@@ -31,4 +35,36 @@ class CheckpointModel(WeakModel):
         config: Mapping[str, Any] = configuration.read(run_of(checkpoint.folder) / "config.yaml")
         config = {**config, "allowed_targets": list(self.allowed_targets)}
         parts, model = loaded(config, checkpoint, self.weights, device)
-        return model.denoiser(parts.objective.schedule.frozen(), parts.objective.prediction)
+        schedule = parts.objective.schedule.frozen()
+        return OnItsSchedule(model.denoiser(schedule, parts.objective.prediction), schedule)
+
+
+@dataclass(frozen=True)
+class OnItsSchedule(Denoiser):
+    """A denoiser asked at any schedule's levels: at the same SNR x_t / alpha has the same law on all schedules.
+
+    So it is shown x_t in the scale of its own schedule at that SNR, within its own range.
+    """
+
+    inner: Denoiser
+    schedule: Schedule
+    _known: dict[Level, Level] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
+        if level not in self._known:
+            self._known[level] = self._own(level)
+        own = self._known[level]
+        scale = own.alpha / level.alpha if level.alpha else own.sigma / level.sigma
+        return self.inner(x_t if own == level else scale * x_t, own, condition)
+
+    def _own(self, level: Level) -> Level:
+        low, high = self.schedule.t_range
+        if level == (same := self.schedule.level_at(level.t)):
+            return same
+        if not level.alpha:
+            return self.schedule.at_noisy_end
+        own = level_of_log_snr(self.schedule, level.log_snr)
+        return own if low <= own.t <= high else self.schedule.level_at(min(max(own.t, low), high))
+
+    def null(self, condition: Tensor | None) -> Tensor | None:
+        return self.inner.null(condition)

@@ -49,9 +49,13 @@ class Schedule(ABC):
     def level(self, t: Tensor) -> Level:
         return Level(t, self.alpha(t), self.sigma(t))
 
+    def level_at(self, t: float) -> Level:
+        """Of floats."""
+        return levels(self, [t])[0]
+
     @property
     def at_noisy_end(self) -> Level:
-        return levels(self, [self.t_range[1]])[0]
+        return self.level_at(self.t_range[1])
 
     @property
     def learned(self) -> tuple[nn.Module, ...]:
