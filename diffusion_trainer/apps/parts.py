@@ -99,13 +99,13 @@ def generator_of(
 
 def check_sampling(config: Mapping[str, Any]) -> None:
     """UserError if sampler, schedule, prediction and variance do not go together."""
-    check_variance(config)
     allowed = config["allowed_targets"]
     objective, sampler, variance = (build(config[g], g, allowed) for g in ("objective", "sampler", "variance"))
     try:
         sampler.plan(objective.schedule.frozen(), variance)
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
+    check_variance(config)
 
 
 def check_variance(config: Mapping[str, Any]) -> None:
