@@ -96,8 +96,9 @@ def check(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
 def _check_meaning(config: Mapping[str, Any], source: str) -> None:
     """A network that stays as it is must be read on the schedule and as the prediction that it was trained with."""
     theirs = configuration.read(run_of(checkpoint_in(Path(source), "init_from")) / "config.yaml")
-    for group in ("schedule", "prediction"):
-        if theirs.get(group) != config[group]:
+    for group in ("schedule", "prediction", "conditioning", "network"):
+        there, here = ({**(c.get(group) or {}), "second_head": None} for c in (theirs, config))
+        if there != here:
             raise UserError(
                 f"init_from={source} was trained with another {group} ({theirs.get(group)}), and this objective "
                 f"leaves the network as it is; choose the same {group}=..."

@@ -83,17 +83,16 @@ def join(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def report(config: Mapping[str, Any], finished: Finished, found: Mapping[str, Tensor], count: int) -> None:
-    """Prints and writes the means of all terms with their standard errors."""
+    """Prints and writes the means of all terms with their standard errors (none of a single image)."""
     summary = {
-        name: {"mean": value.mean().item(), "standard_error": (value.std(correction=0) / len(value) ** 0.5).item()}
+        name: {"mean": value.mean().item(), "standard_error": value.std().item() / count**0.5 if count > 1 else None}
         for name, value in found.items()
     }
     folder = finished.checkpoint.folder
     kind = config["likelihood"]["_target_"].rsplit(".", 1)[-1].lower()
     out = Path(config["out"] or run_of(folder) / "likelihoods" / f"{folder.name}-{kind}.json")
-    provenance = finished.provenance(config) | {
-        "likelihood": config["likelihood"], "num_images": count, "data": config["data"],
-    }  # fmt: skip
+    provenance = {k: v for k, v in finished.provenance(config).items() if k not in ("sampler", "guidance")}
+    provenance |= {"likelihood": config["likelihood"], "num_images": count, "data": config["data"]}
     part = out.with_name(f".{out.name}.part")
     metrics = {name: value["mean"] for name, value in summary.items()}
     try:
@@ -104,7 +103,8 @@ def report(config: Mapping[str, Any], finished: Finished, found: Mapping[str, Te
         raise UserError(f"out={out} cannot be written ({error}); choose another out=...") from error
     total = summary.pop("bits_per_dim")
     parts = ", ".join(f"{name} {value['mean']:.4f}" for name, value in summary.items())
+    error = f" (standard error {total['standard_error']:.4f})" if count > 1 else ""
     print(
-        f"{total['mean']:.4f} bits/dim (standard error {total['standard_error']:.4f}) over {count:,} images: {parts}\n"
+        f"{total['mean']:.4f} bits/dim{error} over {count:,} images: {parts}\n"
         f"  written with its whole provenance to {out}"
     )

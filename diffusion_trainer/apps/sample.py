@@ -64,6 +64,8 @@ def conditions_of(config: Mapping[str, Any], conditioning: Conditioning) -> Tens
         return conditioning.examples(config["n"])
     if "label" not in conditioning.fields:
         raise UserError(f"label={config['label']}: this model has no labels")
+    if abs(config["label"]) >= 2**63:
+        raise UserError(f"label={config['label']} is out of range")
     labels = torch.full((config["n"],), config["label"])
     conditioning.check({"label": labels})
     return labels

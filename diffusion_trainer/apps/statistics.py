@@ -50,6 +50,13 @@ def resolve(node: Any, checkpoint: Path, weights: str) -> Any:
     return resolved
 
 
+def reads(node: Any) -> bool:
+    """Whether a part of a configuration needs such a file."""
+    if isinstance(node, list):
+        return any(map(reads, node))
+    return isinstance(node, Mapping) and (KEY in node or any(map(reads, node.values())))
+
+
 def _check(path: str, checkpoint: Path, weights: str) -> None:
     if not Path(path).is_file():
         return  # said when it is read

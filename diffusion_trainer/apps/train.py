@@ -11,9 +11,16 @@ import torch
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import initial, processes
+from diffusion_trainer.apps import initial, processes, statistics
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, check_sampling, parameter_shapes
+from diffusion_trainer.apps.parts import (
+    Parts,
+    TrainConfig,
+    check_guidance,
+    check_network,
+    check_sampling,
+    parameter_shapes,
+)
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.evaluation import Evaluation
@@ -64,11 +71,18 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> None:
     allowed = config["allowed_targets"]
     for group in ("optimizer", "ema", "guidance", "callbacks", "logger"):
         build(config[group], group, allowed)
+    if statistics.reads(config["sampler"]) or statistics.reads(config["variance"]):
+        raise UserError(
+            "variance statistics are measured on a trained model: train with variance=beta_tilde and another sampler, "
+            "run `diffusion-trainer variance checkpoint=...`, then choose variance=analytic or "
+            "sampler=optimal_trajectory in sample and evaluate"
+        )
     check_sampling(config)
     folders.check(folder, config)
     data = build(config["data"], "data", allowed)
     check_data(config, data)
     check_network(config, data.image_shape)
+    check_guidance(config, data.image_shape)
     initial.check(Parts.of(config, device="meta").model(torch.float32), config, folder)
     evaluation = build(config["evaluation"], "evaluation", allowed)
     if evaluation is not None:

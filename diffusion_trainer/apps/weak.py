@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.finished import loaded
 from diffusion_trainer.apps.initial import checkpoint_in, run_of
-from diffusion_trainer.process.denoiser import Denoiser
+from diffusion_trainer.process.denoiser import MAX_KNOWN, Denoiser
 from diffusion_trainer.process.levels import Level, level_of_log_snr
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import Estimate
@@ -48,23 +48,27 @@ class OnItsSchedule(Denoiser):
 
     inner: Denoiser
     schedule: Schedule
-    _known: dict[Level, Level] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[Level, tuple[Level, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
         if level not in self._known:
+            if len(self._known) == MAX_KNOWN:
+                self._known.clear()
             self._known[level] = self._own(level)
-        own = self._known[level]
-        scale = own.alpha / level.alpha if level.alpha else own.sigma / level.sigma
+        own, scale = self._known[level]
         return self.inner(x_t if own == level else scale * x_t, own, condition)
 
-    def _own(self, level: Level) -> Level:
-        low, high = self.schedule.t_range
+    def _own(self, level: Level) -> tuple[Level, float]:
+        """The level, and the factor of x_t. Noisier than its own range, x_t is nearly noise: sigma sets its scale."""
         if level == (same := self.schedule.level_at(level.t)):
-            return same
-        if not level.alpha:
-            return self.schedule.at_noisy_end
-        own = level_of_log_snr(self.schedule, level.log_snr)
-        return own if low <= own.t <= high else self.schedule.level_at(min(max(own.t, low), high))
+            return same, 1.0
+        low, high = self.schedule.t_range
+        own = level_of_log_snr(self.schedule, level.log_snr) if level.alpha else None
+        if own is None or own.t > high:
+            own = self.schedule.at_noisy_end
+            return own, own.sigma / level.sigma
+        own = own if own.t >= low else self.schedule.level_at(low)
+        return own, own.alpha / level.alpha
 
     def null(self, condition: Tensor | None) -> Tensor | None:
         return self.inner.null(condition)

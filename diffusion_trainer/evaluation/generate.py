@@ -38,7 +38,10 @@ class Generator:
         condition = None if condition is None else condition.to(self.device)
 
         def no_noise() -> Tensor:
-            raise ValueError(f"{type(self.sampler.solver).__name__} draws noise: it is no map from x_T to x_0")
+            raise ValueError(
+                f"{type(self.sampler.solver).__name__} with the reverse variance {type(self.variance).__name__} draws "
+                "noise: it is no map from x_T to x_0; choose variance=beta_tilde"
+            )
 
         return self.sampler(self.guidance(self.denoiser), self.schedule, self.variance, x_T, condition, no_noise)
 

@@ -116,6 +116,8 @@ class Invert(Mode):
 
     def __call__(self, request: Request) -> Answer:
         _check_deterministic(request.generator, "invert")
+        if request.generator.sampler.num_steps < 2:
+            raise UserError("mode=invert needs at least 2 steps: sampler.num_steps=1 is the denoiser alone, no map")
         generator = request.generator
         pixels, condition = images_of(request)
         x_T = generator.encode(to_unit(pixels.to(generator.device)), condition)

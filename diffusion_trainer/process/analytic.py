@@ -84,4 +84,6 @@ class Analytic(PosteriorVariance):
         if not self.diagonal:
             number = value.item()
             return lambda estimate: number
-        return lambda estimate: value.to(estimate.x_0_hat)
+        # From pinned memory the copy is queued: no step waits for it.
+        value = value.pin_memory() if torch.cuda.is_available() else value
+        return lambda estimate: value.to(estimate.x_0_hat, non_blocking=True)

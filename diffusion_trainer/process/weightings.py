@@ -5,7 +5,6 @@ What a paper multiplies with |eps_hat - eps|^2 stands here times the SNR: the tw
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import exp
 from typing import ClassVar
 
 import torch
@@ -111,7 +110,7 @@ class Sigmoid(Weighting):
     bias: float = 2.0
 
     def __call__(self, schedule: Schedule, level: Level) -> Tensor:
-        return ContinuousElbo()(schedule, level) / (1 + snr(level) * exp(-self.bias))
+        return ContinuousElbo()(schedule, level) * torch.sigmoid(self.bias - snr(level).log())
 
 
 @dataclass(frozen=True)

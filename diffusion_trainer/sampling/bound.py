@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_trainer.process.decoders import Decoder
+from diffusion_trainer.process.decoders import Decoder, DiscretizedGaussian
 from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
@@ -49,7 +49,9 @@ class VariationalBound(Likelihood):
             raise ValueError(f"x_0_bound must be positive or null, not {self.x_0_bound}")
 
     def __call__(self, denoiser, schedule, variance, pixels, condition, noise):
-        """Terms: "prior", "diffusion" and "decoder"."""
+        """Terms: "prior", "diffusion" and "decoder". ValueError for a decoder that is not that of 8-bit pixels."""
+        if self.decoder != DiscretizedGaussian():
+            raise ValueError(f"8-bit pixels have 256 levels: use DiscretizedGaussian(levels=256), not {self.decoder}")
         first = noise()  # also tells the dtype that the denoiser takes
         x_0 = centres(pixels).to(first.dtype)
         terms = self.terms(denoiser, schedule, variance, x_0, condition, _starting_with(first, noise))

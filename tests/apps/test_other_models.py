@@ -32,6 +32,25 @@ def test_a_model_of_another_schedule_says_the_same_of_x_0(ours, theirs):
             assert_close(weak(x, level, None).x_0_hat, exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("theirs", ["sqrt_linear", "edm", "learned"])
+@pytest.mark.parametrize("t", [0.99, 0.999])
+def test_noisier_than_its_range_it_still_sees_noise_of_its_own_size(theirs, t):
+    schedule, level = SCHEDULES[theirs], SCHEDULES["cosine"].level_at(t)
+    asked = []
+
+    class Spy(ExactDenoiser):
+        def __call__(self, x_t, level, condition):
+            asked.append((x_t, level))
+            return super().__call__(x_t, level, condition)
+
+    x = MIXTURE.sample_t(500, level.alpha, level.sigma, torch.Generator().manual_seed(0))
+    estimate = OnItsSchedule(Spy(MIXTURE), schedule)(x, level, None).x_0_hat
+    ((seen, own),) = asked
+    expected = (MIXTURE.covariance_t(own.alpha, own.sigma).trace() / 2).sqrt()
+    assert (seen.std(0).square().mean().sqrt() / expected).item() == pytest.approx(1, abs=0.1)
+    assert (estimate - ExactDenoiser(MIXTURE)(x, level, None).x_0_hat).square().mean().sqrt() < 0.25
+
+
 def test_where_there_is_no_signal_it_is_asked_at_its_own_noisy_end():
     end, cosine = SCHEDULES["zero_terminal_snr"].at_noisy_end, SCHEDULES["cosine"]
     asked = []

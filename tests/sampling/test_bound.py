@@ -206,8 +206,16 @@ def test_discretized_gaussian_keeps_its_digits_far_out():
 def test_noise_is_asked_for_once_for_each_time():
     noise = Noise(3)
     pixels = torch.zeros(3, 2, dtype=torch.uint8)
-    bound(9)(ExactDenoiser(GAUSSIAN), Cosine(), FixedSmall(), pixels, None, noise)
+    pixelwise = replace(bound(9), decoder=DiscretizedGaussian())
+    pixelwise(ExactDenoiser(GAUSSIAN), Cosine(), FixedSmall(), pixels, None, noise)
     assert noise.calls == 9
+
+
+@pytest.mark.parametrize("decoder", [GaussianDensity(), DiscretizedGaussian(2)], ids=str)
+def test_pixels_have_their_own_decoder(decoder):
+    pixels = torch.zeros(3, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="8-bit pixels have 256 levels"):
+        replace(bound(9), decoder=decoder)(ExactDenoiser(GAUSSIAN), Cosine(), FixedSmall(), pixels, None, Noise(3))
 
 
 def test_refusals():
