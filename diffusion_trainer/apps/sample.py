@@ -18,7 +18,7 @@ from diffusion_trainer.apps.parts import check_sampling
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation import pictures
-from diffusion_trainer.evaluation.modes import Answer, Request
+from diffusion_trainer.evaluation.modes import Answer, Mode, Request
 
 
 class SampleConfig(FinishedConfig):
@@ -47,7 +47,7 @@ def main(overrides: Sequence[str]) -> int:
         answer = mode(Request(finished.generator, data, conditioning, conditions, config["n"], config["batch_size"]))
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
-    out = out_of(config, finished)
+    out = out_of(config, finished, mode)
     try:
         write(out, answer, finished.provenance(config))
     except OSError as error:
@@ -71,13 +71,11 @@ def conditions_of(config: Mapping[str, Any], conditioning: Conditioning) -> Tens
     return labels
 
 
-def out_of(config: Mapping[str, Any], finished: Finished) -> Path:
+def out_of(config: Mapping[str, Any], finished: Finished, mode: Mode) -> Path:
     if config["out"] is not None:
         return Path(config["out"])
-    kind = config["mode"]["_target_"].rsplit(".", 1)[-1].lower()
     label = "all" if config["label"] is None else config["label"]
-    name = f"label-{label}-seed-{config['seed']}"
-    return run_of(finished.checkpoint.folder) / "drawn" / (name if kind == "draw" else f"{kind}-{name}")
+    return run_of(finished.checkpoint.folder) / "drawn" / f"{mode.prefix}label-{label}-seed-{config['seed']}"
 
 
 def write(out: Path, answer: Answer, provenance: Mapping[str, Any]) -> None:

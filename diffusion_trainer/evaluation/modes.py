@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Answer:
 
 
 class Mode(ABC):
+    prefix: ClassVar[str]  # of the names of the files that it writes
+
     @abstractmethod
     def __call__(self, request: Request) -> Answer:
         """UserError if the sampler cannot serve it."""
@@ -44,6 +46,8 @@ class Mode(ABC):
 @dataclass(frozen=True)
 class Draw(Mode):
     """n samples."""
+
+    prefix: ClassVar[str] = ""
 
     def __call__(self, request: Request) -> Answer:
         batches = request.generator.batches(request.conditions, request.n, request.batch_size)
@@ -58,6 +62,7 @@ class Interpolate(Mode):
     appendix D.5), under one condition.
     """
 
+    prefix: ClassVar[str] = "interpolate-"
     points: int = 9
 
     def __post_init__(self):
@@ -83,6 +88,7 @@ class Reconstruct(Mode):
     2021, table 2). Guidance takes no part in it.
     """
 
+    prefix: ClassVar[str] = "reconstruct-"
     steps: Sequence[int] = (10, 20, 50, 100)
 
     def __post_init__(self):
@@ -113,6 +119,8 @@ class Invert(Mode):
     """n images of the data, the x_T that the sampler's map takes to them, and what it makes of these. Guidance takes no
     part in it. The .npz has x_T.
     """
+
+    prefix: ClassVar[str] = "invert-"
 
     def __call__(self, request: Request) -> Answer:
         _check_deterministic(request.generator, "invert")

@@ -94,9 +94,8 @@ class Denoising(Objective):
         # |x_0_hat - x_0|^2 = out^2 |F - target|^2: the same number without dividing by a small alpha and back.
         loss = p.importance * p.weight * c.out**2 * error
         for number in (*p.level, p.weight, *c):
-            if (
-                number.requires_grad
-            ):  # the gradient of loss^2, whose mean the schedule lowers, is 2 loss times that of loss
+            if number.requires_grad:
+                # The schedule lowers the mean of loss^2, whose gradient is 2 loss times that of the loss.
                 number.register_hook(lambda gradient: 2 * loss.detach() * gradient)
         log_snr = 2 * (p.level.alpha / p.level.sigma).log()
         return LossTerms(loss, error, p.level.t, log_snr, p.importance)

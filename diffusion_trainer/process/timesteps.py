@@ -150,10 +150,10 @@ class LossSecondMoment(Timesteps):
         u = stratified(draws)
         share = self.shares().to(u)
         edges = torch.cat([share.new_zeros(1), share.cumsum(0)])
-        bin = torch.searchsorted(edges, u, right=True).clamp(1, self.bins) - 1
-        place = (bin + ((u - edges[bin]) / share[bin]).clamp(0, 1)) / self.bins
+        chosen = torch.searchsorted(edges, u, right=True).clamp(1, self.bins) - 1
+        place = (chosen + ((u - edges[chosen]) / share[chosen]).clamp(0, 1)) / self.bins
         low, high = schedule.t_range
-        return (low + (high - low) * place).clamp(low, high).float(), (1 / (share[bin] * self.bins)).float()
+        return (low + (high - low) * place).clamp(low, high).float(), (1 / (share[chosen] * self.bins)).float()
 
     def shares(self) -> Tensor:
         """(bins,) float64, probabilities of the bins."""
@@ -170,8 +170,8 @@ class LossSecondMoment(Timesteps):
     def observe(self, schedule: Schedule, loss: Tensor, t: Tensor) -> None:
         low, high = schedule.t_range
         bins = ((t - low) / (high - low) * self.bins).long().clamp(0, self.bins - 1)
-        for bin, value in zip(bins.tolist(), loss.tolist(), strict=True):
-            self._losses[bin] = [*self._losses[bin], value][-self.history :]
+        for i, value in zip(bins.tolist(), loss.tolist(), strict=True):
+            self._losses[i] = [*self._losses[i], value][-self.history :]
 
     def state(self) -> dict:
         return {"losses": self._losses}

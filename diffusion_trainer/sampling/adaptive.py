@@ -46,7 +46,6 @@ class DormandPrince(Solver):
     rtol: float = 1e-5
     atol: float = 1e-5
     order: ClassVar[int] = 5
-    adaptive: ClassVar[bool] = True  # the error follows the tolerance, not the number of steps
 
     def __post_init__(self):
         if not (self.rtol > 0 and self.atol > 0):
