@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from diffusion_trainer.apps.ending import run_to_the_end
 from diffusion_trainer.conventions import UserError
 
 VERBS = {
@@ -24,13 +25,17 @@ and ends with a table of their metrics. Start with: diffusion-trainer train expe
 
 
 def main() -> None:
+    run_to_the_end(_main)
+
+
+def _main() -> int:
     try:
-        sys.exit(run(sys.argv[1:]))
+        return run(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
 
 
 def run(arguments: list[str]) -> int:

@@ -164,7 +164,6 @@ def main() -> int:
     try:
         code = work(configuration.read(folder / "config.yaml"), folder, processes.current())
         if distributed.is_initialized():
-            # Threads of gloo that outlive the interpreter abort the process now and then, after all is done.
             distributed.destroy_process_group()
         return code
     except UserError as error:

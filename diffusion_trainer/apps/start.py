@@ -1,7 +1,8 @@
 """`python -m diffusion_trainer.apps.start <folder>`: one rank of a run, from its first instruction on."""
 
 import signal
-import sys
+
+from diffusion_trainer.apps.ending import run_to_the_end
 
 
 def accept_interrupt() -> None:
@@ -21,4 +22,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_to_the_end(main)
