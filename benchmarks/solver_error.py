@@ -80,7 +80,7 @@ def versions(sampler: Sampler) -> list[Sampler]:
     """From the least to the most accurate: over the number of steps or, if it chooses its own steps, its tolerance."""
     if isinstance(sampler.solver, DormandPrince):
         return [replace(sampler, solver=DormandPrince(rtol=tol, atol=tol), num_steps=2) for tol in TOLERANCES]
-    return [replace(sampler, num_steps=n) for n in STEPS if n >= max(2, sampler.solver.history)]
+    return [replace(sampler, num_steps=n) for n in STEPS if n > sampler.solver.history]
 
 
 def start() -> Tensor:

@@ -35,7 +35,7 @@ def served(sampler, schedule):
 
 def fewest(sampler):
     """The least number of steps above one."""
-    return max(2, sampler.solver.history)
+    return sampler.solver.history + 1  # the last step is the sampler's
 
 
 @dataclass(frozen=True)

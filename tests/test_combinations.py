@@ -121,7 +121,7 @@ def extras(row, files):
         more.append(f"sampler.grid.statistics={files}/statistics")
     more += [f"guidance.{key}={files}/{name}" for key, name in GUIDANCE_FILES.get(row["guidance"], {}).items()]
     if row["sampler"] != "dopri5":
-        more.append("sampler.num_steps=4")
+        more.append("sampler.num_steps=5")  # pndm needs them
     return more
 
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from diffusion_trainer.process.levels import Level
 from diffusion_trainer.process.predictions import Coefficients, Prediction
 from diffusion_trainer.process.schedules import Schedule
-from diffusion_trainer.process.variances import Estimate
+from diffusion_trainer.process.variances import ROUNDING, Estimate
 
 MAX_KNOWN = 4096  # levels whose coefficients are kept
 
@@ -31,31 +32,36 @@ class Denoiser(ABC):
 class NetworkDenoiser(Denoiser):
     """A network's raw output F(x, c_noise, condition), read as its prediction says (Karras et al. 2022, eq. 7).
 
-    A network with twice the channels of x_t has a second output: see `Estimate`.
+    A network with twice the channels of x_t has a second output: see `Estimate`. Its output is kept for as long as the
+    estimate is (a multistep solver has some of them): a network must not write over what it has returned.
     """
 
     network: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     null_condition: Callable[[Tensor | None], Tensor | None]
     schedule: Schedule
     prediction: Prediction
-    _known: dict[Level, Coefficients] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[Any, tuple[Coefficients, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
-        c = self._coefficients(level)
+        c, c_noise = self._at(level, x_t)
         into = x_t if c.into == 1 else c.into * x_t
-        output = self.network(into, x_t.new_full((len(x_t),), c.noise), condition).to(x_t.dtype)
-        first, second = split(output, x_t)
-        x_0_hat = c.out * first if c.skip == 0 else (c.skip * x_t).add_(first, alpha=c.out)
-        return Estimate(x_0_hat, second)
+        output = self.network(into, c_noise, condition)
+        first, second = split(output if output.dtype == x_t.dtype else output.to(x_t.dtype), x_t)
+        return Estimate(first, second, c.out, c.skip, x_t)
 
-    def _coefficients(self, level: Level) -> Coefficients:
-        """As floats, once for each level that the denoiser meets."""
-        if level not in self._known:
+    def _at(self, level: Level, x_t: Tensor) -> tuple[Coefficients, Tensor]:
+        """The coefficients as floats and the c_noise of a batch like x_t, once for each level it meets."""
+        key = (level, x_t.shape[0], x_t.dtype, x_t.device)
+        if key not in self._known:
             if len(self._known) == MAX_KNOWN:  # an adaptive solver never comes back to its levels
                 self._known.clear()
             tensors = Level(*(torch.tensor([value], dtype=torch.float64) for value in level))
-            self._known[level] = Coefficients(*(c.item() for c in self.prediction.coefficients(self.schedule, tensors)))
-        return self._known[level]
+            c = Coefficients(*(c.item() for c in self.prediction.coefficients(self.schedule, tensors)))
+            with torch.inference_mode(False):  # gradients may be wanted at this level later
+                # Expanded, so that a network that writes into it fails instead of changing it for the next run.
+                c_noise = x_t.new_full((1,), c.noise).expand(x_t.shape[0])
+            self._known[key] = c._replace(into=1.0 if abs(c.into - 1) < ROUNDING else c.into), c_noise
+        return self._known[key]
 
     def null(self, condition: Tensor | None) -> Tensor | None:
         return self.null_condition(condition)

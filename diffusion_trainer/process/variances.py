@@ -5,7 +5,7 @@ own is `kept` + of_x_0^2 Var[x_0 | x_t] (the law of total variance; Bao et al. 2
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -14,14 +14,77 @@ from torch import Tensor
 
 from diffusion_trainer.process.levels import Level
 
+ROUNDING = 1e-12  # a coefficient so close to 1 differs from it by float64's rounding alone
 
-class Estimate(NamedTuple):
-    """What a denoiser says of x_t, both (B, ...): x_0_hat = E[x_0 | x_t], and its network's second output if it has one
-    (what that means is for the variance to know that was trained with it).
+
+def linear(of_x: float, x: Tensor | None, of_y: float, y: Tensor) -> Tensor:
+    """of_x x + of_y y, in a new tensor. One operator instead of two where of_x is 1, as in Euler's steps of a flow."""
+    if of_x == 0:
+        return of_y * y
+    if abs(of_x - 1) < ROUNDING:
+        return torch.add(x, y, alpha=of_y)
+    return (of_x * x).add_(y, alpha=of_y)
+
+
+class Estimate:
+    """What a denoiser says of x_t: x_0_hat = E[x_0 | x_t], (B, ...), and its network's second output if it has one, of
+    the same shape (what that means is for the variance to know that was trained with it). Unpacks into the two.
+
+    A network's is skip x_t + out F, and is not computed until somebody reads it: a step that is a linear combination of
+    x_t and x_0_hat is one of x_t and F, for half of the operators. None of the tensors may be written into.
     """
 
-    x_0_hat: Tensor
-    second: Tensor | None = None
+    __slots__ = ("_out", "_output", "_skip", "_x_0_hat", "_x_t", "second")
+
+    def __init__(
+        self,
+        output: Tensor,
+        second: Tensor | None = None,
+        out: float = 1.0,
+        skip: float = 0.0,
+        x_t: Tensor | None = None,
+    ):
+        """x_0_hat = out output + skip x_t; with an output alone, that itself."""
+        self._output, self.second, self._out, self._skip, self._x_t = output, second, out, skip, x_t
+        self._x_0_hat = output if out == 1 and skip == 0 else None
+
+    @property
+    def x_0_hat(self) -> Tensor:
+        # What the steps make of the estimate does not look at this: it is the same whether somebody watches or not.
+        if self._x_0_hat is None:
+            self._x_0_hat = self._computed()
+        return self._x_0_hat
+
+    def _computed(self) -> Tensor:
+        return linear(self._skip, self._x_t, self._out, self._output)
+
+    def clipped(self, bound: float) -> "Estimate":
+        """With x_0_hat in [-bound, bound]."""
+        if self._x_0_hat is None:  # nobody has it yet: no copy is needed
+            return Estimate(self._computed().clamp_(-bound, bound), self.second)
+        return Estimate(self._x_0_hat.clamp(-bound, bound), self.second)
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.x_0_hat, self.second))
+
+    def combined(self, of_x_t: float, x_t: Tensor, of_x_0: float) -> Tensor:
+        """of_x_t x_t + of_x_0 x_0_hat, in a new tensor."""
+        if self._x_t is not None and self._x_t is not x_t:
+            return self.added_to(of_x_t * x_t, of_x_0)
+        return linear(of_x_t + of_x_0 * self._skip, x_t, of_x_0 * self._out, self._output)
+
+    def added_to(self, total: Tensor, of_x_0: float) -> Tensor:
+        """total + of_x_0 x_0_hat, written into total."""
+        if self._skip:
+            total.add_(self._x_t, alpha=of_x_0 * self._skip)
+        return total.add_(self._output, alpha=of_x_0 * self._out)
+
+    def eps_hat(self, x_t: Tensor, level: Level) -> Tensor:
+        """(x_t - alpha x_0_hat) / sigma: the network's output itself where that is what it predicts."""
+        of_output = -level.alpha * self._out / level.sigma
+        if self._x_t is x_t and abs(1 - level.alpha * self._skip) < ROUNDING and abs(of_output - 1) < ROUNDING:
+            return self._output
+        return self.combined(1 / level.sigma, x_t, -level.alpha / level.sigma)
 
 
 def transition_variance(t: Level, s: Level) -> float | Tensor:

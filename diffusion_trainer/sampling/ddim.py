@@ -47,7 +47,7 @@ class DDIM(Solver):
 
     def step(self, denoise, x, plan, state, noise):
         estimate = denoise(x, plan.level)
-        mean = (plan.step.of_x_t * x).add_(estimate.x_0_hat, alpha=plan.step.of_x_0)
+        mean = estimate.combined(plan.step.of_x_t, x, plan.step.of_x_0)
         variance = plan.step.variance(plan.variance(estimate))
         if isinstance(variance, Tensor):
             return mean + variance.to(x.dtype).sqrt() * noise(), state

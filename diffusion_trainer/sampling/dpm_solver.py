@@ -12,25 +12,11 @@ from math import isfinite, sqrt
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import ReverseStep
-from diffusion_trainer.sampling.solvers import Solver
-
-
-class Combination(NamedTuple):
-    """of_x x + sum_i weights[i] x_0_hat[i], the newest estimate first; more estimates than weights may be at hand."""
-
-    of_x: float
-    weights: tuple[float, ...]
-
-    def __call__(self, x: Tensor, estimates: Sequence[Tensor]) -> Tensor:
-        out = self.of_x * x
-        for weight, estimate in zip(self.weights, estimates, strict=False):
-            out.add_(estimate, alpha=weight)
-        return out
+from diffusion_trainer.sampling.solvers import Combination, Solver
 
 
 def usable(known: Sequence[Level], s: Level) -> Sequence[Level]:
@@ -111,9 +97,9 @@ class _Multistep(Solver):
         return ()
 
     def step(self, denoise, x, plan, state, noise):
-        estimates = (denoise(x, plan.level).x_0_hat, *state)[: self.history]
+        estimates = (denoise(x, plan.level), *state)
         x = plan.combination(x, estimates)
-        return (x.add_(noise(), alpha=plan.noise) if plan.noise > 0 else x), estimates
+        return (x.add_(noise(), alpha=plan.noise) if plan.noise > 0 else x), estimates[: self.history - 1]
 
 
 @dataclass(frozen=True)
@@ -187,10 +173,10 @@ class DPMSolverPP2S(Solver):
         ]
 
     def step(self, denoise, x, plan, state, noise):
-        x_0_hat = denoise(x, plan.level).x_0_hat
+        estimate = denoise(x, plan.level)
         if plan.middle is not None:
-            x_0_hat = denoise(plan.to_middle(x, (x_0_hat,)), plan.middle).x_0_hat
-        return plan.combination(x, (x_0_hat,)), state
+            estimate = denoise(plan.to_middle(x, (estimate,)), plan.middle)
+        return plan.combination(x, (estimate,)), state
 
 
 def _middles(schedule: Schedule, at: Sequence[Level]) -> list[Level | None]:

@@ -11,7 +11,7 @@ from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import ReverseStep
 from diffusion_trainer.sampling.runge_kutta import TRAPEZOIDAL, LinearStep, Point
-from diffusion_trainer.sampling.solvers import Solver
+from diffusion_trainer.sampling.solvers import Combination, Solver
 
 
 class _Plan(NamedTuple):
@@ -69,7 +69,7 @@ class EDMHeun(Solver):
     def _planned(self, t: Level, hat: Level, s: Level) -> _Plan:
         if not (t.alpha and s.alpha):  # s: of an encoding
             euler = ReverseStep.of(t, s, eta=0)
-            return _Plan(1.0, 0.0, LinearStep(t, (), (euler.of_x_t, euler.of_x_0)))
+            return _Plan(1.0, 0.0, LinearStep(t, (), Combination(euler.of_x_t, (euler.of_x_0,))))
         points = [Point(level, level.alpha, _sigma(level)) for level in (hat, s)]
         added = self.s_noise * hat.alpha * sqrt(max(_sigma(hat) ** 2 - _sigma(t) ** 2, 0))
         return _Plan(hat.alpha / t.alpha, added, LinearStep.of(TRAPEZOIDAL, points, points[1]))

@@ -26,7 +26,7 @@ class ScoreStep(NamedTuple):
         return cls(t, drift - towards, towards * t.alpha, variance**0.5)
 
     def __call__(self, denoise: Denoise, x: Tensor, noise: Noise) -> Tensor:
-        mean = torch.add(self.of_x_t * x, denoise(x, self.level).x_0_hat, alpha=self.of_x_0)
+        mean = denoise(x, self.level).combined(self.of_x_t, x, self.of_x_0)
         return mean.add_(noise(), alpha=self.added)
 
 

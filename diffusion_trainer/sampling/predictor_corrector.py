@@ -102,7 +102,8 @@ class PredictorCorrector(Solver):
 
 
 def _langevin(denoise: Denoise, x: Tensor, plan: _Plan, noise: Noise) -> Tensor:
-    score = (plan.level.alpha * denoise(x, plan.level).x_0_hat - x) / plan.level.sigma**2
+    _, alpha, sigma = plan.level
+    score = denoise(x, plan.level).combined(-1 / sigma**2, x, alpha / sigma**2)
     z = noise()
     eps = expand(plan.step_size * (_norms(z) / _norms(score)) ** 2, x)
     return x + eps * score + (2 * eps).sqrt() * z

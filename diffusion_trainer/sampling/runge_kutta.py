@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
-from diffusion_trainer.sampling.solvers import Denoise, Solver
+from diffusion_trainer.sampling.solvers import Combination, Denoise, Solver
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ def in_flow(level: Level) -> Point:
 
 
 class LinearStep(NamedTuple):
-    """A step that combines x with the estimates made on its way. Coefficients: of (x, x_0_hat_1, x_0_hat_2, ...)."""
+    """A step that combines x with the estimates made on its way, in their order."""
 
     level: Level  # of x, where the first estimate is made
-    stages: tuple[tuple[Level, tuple[float, ...]], ...]  # where each further one is made, and of which combination
-    result: tuple[float, ...]
+    stages: tuple[tuple[Level, Combination], ...]  # where each further one is made, and of which combination
+    result: Combination
 
     @classmethod
     def of(cls, tableau: Tableau, points: Sequence[Point], end: Point) -> "LinearStep":
@@ -73,28 +73,24 @@ class LinearStep(NamedTuple):
         h, slopes, stages = end.u - points[0].u, [], []
         for i, (point, row) in enumerate(zip(points, tableau.a, strict=True)):
             z_i = _moved(z, h, row, slopes)
-            stages.append((point.level, tuple(point.scale * value for value in z_i[: i + 1])))
+            stages.append((point.level, _scaled(point.scale, z_i[: i + 1])))
             z_i[i + 1] -= 1  # less x_0_hat_i
             slopes.append([value / point.u for value in z_i])
-        result = _moved(z, h, tableau.b, slopes)
-        return cls(points[0].level, tuple(stages[1:]), tuple(end.scale * value for value in result))
+        return cls(points[0].level, tuple(stages[1:]), _scaled(end.scale, _moved(z, h, tableau.b, slopes)))
 
     def __call__(self, denoise: Denoise, x: Tensor) -> Tensor:
-        known = [x, denoise(x, self.level).x_0_hat]
-        for level, coefficients in self.stages:
-            known.append(denoise(_combined(coefficients, known), level).x_0_hat)
-        return _combined(self.result, known)
+        estimates = [denoise(x, self.level)]
+        for level, combination in self.stages:
+            estimates.append(denoise(combination(x, estimates), level))
+        return self.result(x, estimates)
 
 
 def _moved(z: list[float], h: float, weights: tuple[float, ...], slopes: list[list[float]]) -> list[float]:
     return [value + h * sum(w * k[j] for w, k in zip(weights, slopes, strict=True)) for j, value in enumerate(z)]
 
 
-def _combined(coefficients: tuple[float, ...], tensors: list[Tensor]) -> Tensor:
-    total = coefficients[0] * tensors[0]
-    for coefficient, tensor in zip(coefficients[1:], tensors[1:], strict=True):
-        total.add_(tensor, alpha=coefficient)
-    return total
+def _scaled(scale: float, z: list[float]) -> Combination:
+    return Combination(scale * z[0], tuple(scale * value for value in z[1:]))
 
 
 def between(schedule: Schedule, at: Sequence[Level], part: float) -> list[Level]:

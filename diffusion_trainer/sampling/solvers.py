@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +12,19 @@ from diffusion_trainer.process.variances import Estimate, PosteriorVariance
 
 Denoise = Callable[[Tensor, Level], Estimate]
 Noise = Callable[[], Tensor]
+
+
+class Combination(NamedTuple):
+    """of_x x + sum_i weights[i] x_0_hat[i]; more estimates than weights may be at hand. That of x goes first."""
+
+    of_x: float
+    weights: tuple[float, ...]
+
+    def __call__(self, x: Tensor, estimates: Sequence[Estimate]) -> Tensor:
+        out = estimates[0].combined(self.of_x, x, self.weights[0])
+        for weight, estimate in zip(self.weights[1:], estimates[1:], strict=False):
+            estimate.added_to(out, weight)
+        return out
 
 
 class Solver(ABC):

@@ -32,8 +32,7 @@ class _Clipped(Guided):
     bound: float
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
-        x_0_hat, second = self.inner(x_t, level, condition)
-        return Estimate(x_0_hat.clamp(-self.bound, self.bound), second)
+        return self.inner(x_t, level, condition).clipped(self.bound)
 
 
 @dataclass(frozen=True)

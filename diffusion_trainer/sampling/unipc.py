@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from diffusion_trainer.process.levels import Level, levels
-from diffusion_trainer.sampling.dpm_solver import Combination, euler, extrapolated, interpolated, usable
-from diffusion_trainer.sampling.solvers import Solver
+from diffusion_trainer.process.variances import Estimate
+from diffusion_trainer.sampling.dpm_solver import euler, extrapolated, interpolated, usable
+from diffusion_trainer.sampling.solvers import Combination, Solver
 
 
 class _Plan(NamedTuple):
@@ -50,7 +51,8 @@ class UniPC(Solver):
 
     def step(self, denoise, x, plan, state, noise):
         before, estimates = state
-        estimates = (denoise(x, plan.level).x_0_hat, *estimates)
+        # x_0_hat itself: four combinations or more use it.
+        estimates = (Estimate(denoise(x, plan.level).x_0_hat), *estimates)
         if plan.correct is not None:
             x = plan.correct(before, estimates)
         return plan.predict(x, estimates), (x, estimates[: self.history])

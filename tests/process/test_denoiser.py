@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from diffusion_trainer.process.denoiser import NetworkDenoiser, split
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.predictions import Prediction
+from diffusion_trainer.process.variances import Estimate
 
 COSINE = built("schedule")["cosine"]
 PREDICTIONS = built("prediction")
@@ -87,6 +88,109 @@ def test_coefficients_are_computed_once_for_each_level_and_in_float64(prediction
             denoise(images().float(), level, None)
     assert [level.t.item() for level in counted.asked] == [0.9, 0.5, 0.1]
     assert {value.dtype for level in counted.asked for value in level} == {torch.float64}
+
+
+def test_the_c_noise_of_a_level_is_made_once_for_each_size_and_dtype_of_a_batch():
+    network = Network(images())
+    denoise = denoiser(lambda x, *rest: network(x, *rest)[: len(x)], PREDICTIONS["v"])
+    one, other = levels(COSINE, [0.5, 0.2])
+    for level, x_t in (
+        (one, images()),
+        (one, images()),
+        (other, images()),
+        (one, images()[:2]),
+        (one, images().half()),
+    ):
+        denoise(x_t, level, None)
+    first, again, *others = [c_noise for _, c_noise, _ in network.seen]
+    assert again is first
+    assert [(len(c_noise), c_noise.dtype) for c_noise in (first, *others)] == [
+        (4, torch.float64), (4, torch.float64), (2, torch.float64), (4, torch.float16)
+    ]  # fmt: skip
+    assert others[0][0] != first[0] == others[1][0]
+
+
+def test_a_network_that_writes_into_its_c_noise_fails_instead_of_spoiling_the_next_run():
+    denoise = denoiser(lambda x, c_noise, condition: c_noise.mul_(1000), PREDICTIONS["v"])
+    with pytest.raises(RuntimeError, match="single memory location"):
+        denoise(images(), levels(COSINE, [0.5])[0], None)
+
+
+def test_what_inference_mode_has_left_behind_serves_gradients():
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    denoise = denoiser(lambda x, c_noise, condition: x + (weight * c_noise)[:, None, None, None], PREDICTIONS["v"])
+    (level,) = levels(COSINE, [0.5])
+    with torch.inference_mode():
+        denoise(images(), level, None)
+    denoise(images(), level, None).x_0_hat.sum().backward()
+    assert weight.grad != 0
+
+
+@every_prediction
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)  # of the network
+def test_combinations_of_an_estimate_are_those_of_its_x_0_hat(prediction, dtype):
+    x_t, other = images(), images(seed=2)
+    for level in levels(COSINE, [0.01, 0.5, 0.9]):
+        estimate, unread = (denoiser(Network(images(seed=1).to(dtype)), prediction)(x_t, level, None) for _ in range(2))
+        x_0_hat = estimate.x_0_hat.clone()
+        scale = x_0_hat.abs().max().item()
+        for e in (unread, estimate, Estimate(x_0_hat)):
+            for a, b in ((0.3, -0.7), (1.0, 0.2), (0.0, 1.0)):
+                for x in (x_t, other):
+                    assert_close(e.combined(a, x, b), a * x + b * x_0_hat, rtol=0, atol=1e-12 * scale)
+                total = images(seed=3)
+                assert e.added_to(total, b) is total
+                assert_close(total, images(seed=3) + b * x_0_hat, rtol=0, atol=1e-12 * scale)
+            for x in (x_t, other):
+                expected = (x - level.alpha * x_0_hat) / level.sigma
+                assert_close(e.eps_hat(x, level), expected, rtol=0, atol=1e-12 * scale / level.sigma)
+        assert torch.equal(unread.x_0_hat, x_0_hat)
+        assert torch.equal(x_t, images())
+
+
+@every_prediction
+def test_combinations_are_new_tensors_and_estimates_are_computed_once(prediction):
+    x_t, network = images(), Network(images(seed=1))
+    for level in levels(COSINE, [0.3, 0.7]):
+        c = prediction.coefficients(COSINE, Level(*(torch.tensor([v], dtype=torch.float64) for v in level)))
+        estimate = denoiser(network, prediction)(x_t, level, None)
+        alone = -(c.skip / c.out).item()  # what leaves nothing but the output
+        for of_x_t in (0.3, alone, 0.0):
+            estimate.combined(of_x_t, x_t, (1 / c.out).item()).fill_(0)
+        assert torch.equal(x_t, images())
+        assert torch.equal(network.output, images(seed=1))
+        assert estimate.x_0_hat is estimate.x_0_hat
+
+
+@every_prediction
+@pytest.mark.parametrize("read", [False, True])
+def test_clipping_leaves_the_estimate_as_it_was(prediction, read):
+    network = Network(images(6, seed=1))
+    for level in levels(COSINE, [0.3, 0.7]):
+        estimate, other = (denoiser(network, prediction)(images(), level, None) for _ in range(2))
+        if read:
+            assert estimate.x_0_hat.abs().max() > 0.2
+        clipped = estimate.clipped(0.2)
+        assert torch.equal(clipped.x_0_hat, other.x_0_hat.clamp(-0.2, 0.2))
+        assert torch.equal(clipped.second, other.second)
+        assert torch.equal(estimate.x_0_hat, other.x_0_hat)
+        assert torch.equal(network.output, images(6, seed=1))
+
+
+def test_eps_hat_of_a_prediction_of_it_is_the_networks_output():
+    network = Network(images())
+    for t in (0.001, 0.3, 0.999):
+        (level,) = levels(COSINE, [t])
+        x_t = images(seed=1)
+        assert denoiser(network, PREDICTIONS["epsilon"])(x_t, level, None).eps_hat(x_t, level) is network.output
+
+
+def test_an_estimate_unpacks_into_x_0_hat_and_the_second_output():
+    (level,) = levels(COSINE, [0.4])
+    estimate = denoiser(Network(images(6)), PREDICTIONS["v"])(images(), level, None)
+    x_0_hat, second = estimate
+    assert x_0_hat is estimate.x_0_hat
+    assert second is estimate.second
 
 
 def test_two_denoisers_share_no_coefficients():

@@ -1,6 +1,7 @@
 """The loop: what holds for every sampler whatever its solver. On schedules with and without signal at the noisy end."""
 
 from dataclasses import dataclass, replace
+from math import inf, nan
 from typing import ClassVar
 
 import pytest
@@ -59,7 +60,7 @@ def test_schedules_without_signal_at_the_noisy_end_are_sampled_or_refused(sample
 
 
 @every_sampler
-@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("num_steps", [1, 5])
 def test_x_0_bound_clips_every_estimate_and_null_none(sampler, num_steps):
     estimates = {0.1: [], None: []}
     for bound, seen in estimates.items():
@@ -114,7 +115,7 @@ def test_no_step_writes_into_what_the_denoiser_or_on_step_has_seen(sampler):
 
 
 @every_sampler
-@pytest.mark.parametrize("num_steps", [1, 4, 9])
+@pytest.mark.parametrize("num_steps", [1, 5, 9])
 def test_on_step_sees_every_step_in_order_and_the_last_is_the_result(sampler, num_steps):
     seen = []
     x, _ = drawn(unbounded(sampler, num_steps), GAUSSIAN, LINEAR, 3, on_step=lambda *step: seen.append(step))
@@ -162,10 +163,12 @@ def test_a_network_in_float16_gives_float32_samples_close_to_the_exact_ones(samp
 
 
 @each("sampler", by_solver(SAMPLERS))
-def test_too_few_steps_for_the_history_are_refused(sampler):
-    for num_steps in range(2, sampler.solver.history):
-        with pytest.raises(ValueError, match=f"use at least {sampler.solver.history}"):
+def test_too_few_steps_for_the_history_are_refused_and_the_fewest_reach_it(sampler):
+    for num_steps in range(2, fewest(sampler)):
+        with pytest.raises(ValueError, match=f"use at least {fewest(sampler)}"):
             replace(sampler, num_steps=num_steps)
+    _, plan = replace(sampler, num_steps=fewest(sampler)).plan(LINEAR, FixedSmall())
+    assert len(plan) == sampler.solver.history  # the solver's last step has as many estimates as it combines
 
 
 @each("sampler", by_solver(SAMPLERS))
@@ -175,16 +178,29 @@ def test_a_variance_that_makes_no_difference_is_refused(sampler):
             sampler.plan(LINEAR, FixedLarge())
 
 
-@pytest.mark.parametrize("wrong", [{"num_steps": 0}, {"x_0_bound": 0.0}, {"x_0_bound": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"num_steps": 0}, {"x_0_bound": 0.0}, {"x_0_bound": -1.0}, {"x_0_bound": nan}], ids=str
+)
 def test_no_steps_and_no_room_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampler(**({"solver": DDIM(), "grid": UniformTime(), "num_steps": 10} | wrong))
 
 
-def test_a_network_that_returns_nan_is_said_to():
-    class Broken(ExactDenoiser):
-        def __call__(self, x_t, level, condition):
-            return Estimate(torch.where(torch.arange(len(x_t))[:, None] == 1, torch.nan, x_t))
+def ending_on(x_0):
+    """Of a denoiser that says x_0, (3, 2)."""
+    sampler = Sampler(DDIM(), UniformTime(), 4, x_0_bound=None)
+    return sampler(
+        lambda x_t, level, condition: Estimate(x_0), LINEAR, FixedSmall(), Noise(3)().to(x_0.dtype), None, None
+    )
 
+
+@pytest.mark.parametrize("bad", [[nan, 0], [inf, 0], [-inf, 0], [inf, -inf]], ids=str)
+def test_a_network_that_returns_nan_or_inf_is_said_to(bad):
     with pytest.raises(UserError, match="1 of 3 samples are not finite"):
-        Sampler(DDIM(), UniformTime(), 4)(Broken(GAUSSIAN), LINEAR, FixedSmall(), Noise(3)(), None, Noise(3))
+        ending_on(torch.tensor([[1.0, 2.0], bad, [3.0, 4.0]]))
+
+
+def test_numbers_are_not_refused_because_their_sum_overflows():
+    large = torch.full((3, 2), 3e38)
+    assert large.sum() == inf
+    assert torch.equal(ending_on(large), large)

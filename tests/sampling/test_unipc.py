@@ -94,8 +94,8 @@ def test_from_no_signal_later_steps_do_not_look_back_to_it(p):
 
 @every_order
 def test_history_is_the_order_of_the_predictor(p):
-    with pytest.raises(ValueError, match="use at least 3") if p == 3 else pytest.raises(ValueError, match="num_steps"):
-        Sampler(UniPC(p), UniformLogSNR(), 2 if p == 3 else 0)
+    with pytest.raises(ValueError, match=f"combine {p} estimates: use at least {p + 1}"):
+        Sampler(UniPC(p), UniformLogSNR(), p)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 4])
