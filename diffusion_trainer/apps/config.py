@@ -122,6 +122,11 @@ def value_of(overrides: Sequence[str], key: str) -> Any:
     return values[-1] if values else None
 
 
+def within(overrides: Sequence[str], group: str) -> list[str]:
+    """The overrides that choose an option of the group or set a key inside of it."""
+    return [o.input_line for o in _parse(overrides) if f"{o.key_or_group}.".startswith(f"{group}.")]
+
+
 def _is_group(name: str) -> bool:
     return (CONF / name).is_dir()
 

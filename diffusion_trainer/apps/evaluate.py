@@ -4,14 +4,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from diffusion_trainer.apps import finished
+from diffusion_trainer.apps.checks import check_evaluation, check_guidance
 from diffusion_trainer.apps.config import dump
-from diffusion_trainer.apps.finished import FROM_THE_RUN, Finished, FinishedConfig, load, run_of
+from diffusion_trainer.apps.finished import FROM_THE_RUN, Finished, FinishedConfig, check_drawing, written
+from diffusion_trainer.apps.initial import run_of
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import check_sampling
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.training.agreement import Agreement
 
 
@@ -20,36 +21,38 @@ class EvaluateConfig(FinishedConfig):
 
 
 def _load(overrides: Sequence[str]) -> dict:
-    return load("evaluate", overrides, EvaluateConfig, (*FROM_THE_RUN, "evaluation"))
+    return finished.load("evaluate", overrides, EvaluateConfig, (*FROM_THE_RUN, "evaluation"))
 
 
 def show(overrides: Sequence[str]) -> str:
     return dump(_load(overrides))
 
 
-def main(overrides: Sequence[str]) -> int:
+def check(overrides: Sequence[str]) -> dict:
+    """The configuration; UserError for what can be known to fail before weights are read."""
     config = _load(overrides)
     if config["evaluation"] is None:
         raise UserError("this run has no evaluation; choose one: evaluation=digits")
+    evaluation, data = (build(config[g], g, config["allowed_targets"]) for g in ("evaluation", "data"))
+    check_drawing(config)
+    check_guidance(config, data.image_shape)
+    check_evaluation(config, data, evaluation)
+    finished.check(config)
+    return config
+
+
+def main(overrides: Sequence[str]) -> int:
+    config = check(overrides)
     evaluation = build(config["evaluation"], "evaluation", config["allowed_targets"])
-    check_sampling(config)
-    finished = Finished.of(config, evaluation.seed)
-    prepared = evaluation.prepare(finished.device, Agreement())
-    conditioning = finished.parts.conditioning
-    if prepared.labels is not None and conditioning.fields:
-        conditioning.check({"label": torch.tensor(prepared.labels)})
-    metrics = prepared(finished.generator, bool(conditioning.fields))
-    report = {"metrics": metrics, "provenance": prepared.provenance() | finished.provenance(config)}
-    folder = finished.checkpoint.folder
+    done = Finished.of(config, evaluation.seed)
+    prepared = evaluation.prepare(done.device, Agreement())
+    metrics = prepared(done.generator, bool(done.parts.conditioning.fields))
+    report = {"metrics": metrics, "provenance": prepared.provenance() | done.provenance(config)}
+    folder = done.checkpoint.folder
     out = Path(config["out"] or run_of(folder) / "evaluations" / f"{folder.name}.json")
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with written(out), whole(out) as part:
         part.write_text(json.dumps(report, indent=2) + "\n")
-        part.replace(out)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written ({error}); choose another out=...") from error
-    sampler, guidance, real = config["sampler"], config["guidance"], len(evaluation.reference.samples)
+    sampler, guidance, real = config["sampler"], config["guidance"], evaluation.reference.count
     print(
         f"{describe(metrics)}\n"
         f"  {folder}, {config['weights']} weights, {prepared.count:,} samples against {real:,} "

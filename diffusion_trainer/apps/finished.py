@@ -1,28 +1,32 @@
-"""A trained model, read from a run's folder: what `sample` and `evaluate` have in common."""
+"""A trained model, read from a run's folder: what the verbs after `train` have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import initial, statistics
 from diffusion_trainer.apps.initial import checkpoint_in, run_of
-from diffusion_trainer.apps.nodes import Schema
-from diffusion_trainer.apps.parts import Parts, check_variance, dtype_of, generator_of
+from diffusion_trainer.apps.nodes import Schema, build
+from diffusion_trainer.apps.parts import Parts, check_sampling, check_variance, dtype_of, generator_of
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
 from diffusion_trainer.training.ema import KEY
 from diffusion_trainer.training.model import Model
 
-FROM_THE_RUN = ("objective", "network", "conditioning", "data", "sampler", "variance", "guidance")
+MODEL = ("objective", "network", "conditioning", "data")
+DRAWING = ("sampler", "variance", "guidance")
+FROM_THE_RUN = (*MODEL, *DRAWING)
 
 
-class FinishedConfig(Schema):
-    """What the top levels of conf/sample.yaml and conf/evaluate.yaml share."""
+class ModelConfig(Schema):
+    """What the top levels of conf/<verb>.yaml share for all verbs but train."""
 
     checkpoint: str
     out: str | None
@@ -34,21 +38,46 @@ class FinishedConfig(Schema):
     network: dict
     conditioning: dict
     data: dict
+
+
+class FinishedConfig(ModelConfig):
+    """What those share that draw samples."""
+
     sampler: dict
     variance: dict
     guidance: dict
 
 
-def load(verb: str, overrides: Sequence[str], schema: type[Schema], groups: Sequence[str] = FROM_THE_RUN) -> dict:
+def compose(verb: str, overrides: Sequence[str], schema: type[Schema], groups: Sequence[str]) -> dict:
     """The verb's configuration; groups that no override chooses are those of the checkpoint's run."""
     named = configuration.value_of(overrides, "checkpoint")
     if named is None:
         raise UserError(f"checkpoint is missing: say checkpoint=runs/<name>, as in {verb} checkpoint=runs/digits")
-    checkpoint = checkpoint_in(Path(str(named)))
-    run = configuration.read(run_of(checkpoint) / "config.yaml")
-    known = {name: run[name] for name in groups if name in run}
-    config = configuration.load(verb, overrides, schema, known)
-    return statistics.resolve(config, checkpoint, config["weights"])
+    run = configuration.read(run_of(checkpoint_in(Path(str(named)))) / "config.yaml")
+    return configuration.load(verb, overrides, schema, {name: run[name] for name in groups if name in run})
+
+
+def load(verb: str, overrides: Sequence[str], schema: type[Schema], groups: Sequence[str] = FROM_THE_RUN) -> dict:
+    """`compose`, with the checkpoint's own statistics where none are named; UserError for those of another model."""
+    config = compose(verb, overrides, schema, groups)
+    return statistics.resolve(config, checkpoint_in(Path(config["checkpoint"])), config["weights"])
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """UserError if the checkpoint does not hold the model that the configuration describes. No weight is read."""
+    device_of(config["accelerator"])
+    parts = Parts.of(config, device="meta")
+    _check_weights(checkpoint_of(config), parts, parts.model(torch.float32), config["weights"])
+
+
+def check_drawing(config: Mapping[str, Any]) -> None:
+    """UserError if sampler, variance and the statistics that they read do not go together, or not with the model."""
+    check_sampling(config)
+    statistics.check_bound(config, build(config["sampler"], "sampler", config["allowed_targets"]).x_0_bound)
+
+
+def checkpoint_of(config: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(checkpoint_in(Path(config["checkpoint"])))
 
 
 @dataclass(frozen=True)
@@ -63,21 +92,24 @@ class Finished:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], seed: int) -> "Finished":
-        checkpoint = Checkpoint(checkpoint_in(Path(config["checkpoint"])))
-        device = _device(config["accelerator"])
+        checkpoint, device = checkpoint_of(config), device_of(config["accelerator"])
         check_variance(config)
         parts, model = loaded(config, checkpoint, config["weights"], device)
         generator = generator_of(config, model, parts.objective, device, seed)
         return cls(checkpoint, model, generator, parts, device)
 
     def provenance(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Which weights, and how they were drawn from."""
-        return {
-            "checkpoint": str(self.checkpoint.folder),
-            "images_seen": self.checkpoint.images_seen,
-            "seed": self.generator.seed,
-            **{name: config[name] for name in ("weights", "sampler", "variance", "guidance", "precision")},
-        }
+        return provenance_of(config, self.checkpoint, self.generator.seed, DRAWING)
+
+
+def provenance_of(config: Mapping[str, Any], checkpoint: Checkpoint, seed: int, groups: Sequence[str]) -> dict:
+    """Which weights, and the groups of the configuration that made numbers or pictures of them."""
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "images_seen": checkpoint.images_seen,
+        "seed": seed,
+        **{name: config[name] for name in ("weights", *groups, "precision")},
+    }
 
 
 def loaded(
@@ -85,12 +117,9 @@ def loaded(
 ) -> tuple[Parts, Model]:
     """The model that a run's configuration describes, with the weights ("ema" or "raw") of its checkpoint."""
     parts = Parts.of(config)
-    model = parts.model(dtype_of(config["precision"], device.type)).to(device).eval().requires_grad_(False)
-    trained = {name: p.shape for name, p in model.named_parameters() if parts.objective.trains(name)}
-    checkpoint.check_architecture(trained)
-    kind = KEY if weights == "ema" else WEIGHT
-    if kind not in checkpoint.kinds:
-        raise UserError(f"checkpoint {checkpoint.folder} has no {weights} weights; use weights=raw")
+    model = parts.model(dtype_of(config["precision"], device.type)).to(device).eval()
+    kind = _check_weights(checkpoint, parts, model, weights)
+    model.requires_grad_(False)
     names = {name for name, _ in model.named_parameters()}
     given = {name: weight for name, weight in initial.read(run_of(checkpoint.folder)).items() if name in names}
     found = {**given, **checkpoint.whole(kind)}
@@ -103,7 +132,26 @@ def loaded(
     return parts, model
 
 
-def _device(accelerator: str) -> torch.device:
+def _check_weights(checkpoint: Checkpoint, parts: Parts, model: Model, weights: str) -> str:
+    """The kind of the checkpoint's tensors that `weights` ("ema" or "raw") means."""
+    trained = {name: p.shape for name, p in model.named_parameters() if parts.objective.trains(name)}
+    checkpoint.check_architecture(trained)
+    kind = KEY if weights == "ema" else WEIGHT
+    if kind not in checkpoint.kinds:
+        raise UserError(f"checkpoint {checkpoint.folder} has no {weights} weights; use weights=raw")
+    return kind
+
+
+def device_of(accelerator: str) -> torch.device:
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise UserError("accelerator=cuda: this machine has no CUDA device; use auto or cpu")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def written(out: Path) -> Iterator[None]:
+    """Around writing what was asked for: UserError if it cannot be written where `out` says."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        raise UserError(f"out={out} cannot be written ({error}); choose another out=...") from error

@@ -1,8 +1,10 @@
 """Weights that a run starts from: another run's, kept in its own folder, so that it needs the other no longer."""
 
+import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -11,11 +13,13 @@ from torch import Tensor, nn
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
 from diffusion_trainer.training.ema import KEY
 
 FILE = "initial.safetensors"
+NOTE = "initial.json"  # whose weights those are
 
 
 def checkpoint_in(path: Path, key: str = "checkpoint") -> Path:
@@ -48,12 +52,55 @@ def read(run: Path) -> dict[str, Tensor]:
 
 
 def write(run: Path, init_from: str | None) -> None:
-    """Copies the weights of init_from into the run's folder, once."""
-    path = run / FILE
-    if init_from is not None and not path.is_file():
-        part = path.with_name(f".{FILE}.part")
-        save_file(of(init_from), part)
-        part.replace(path)
+    """Copies the weights that the run begins with into its folder, once, and notes which they are."""
+    if init_from is None or (run / FILE).is_file():
+        return
+    found = find(run, init_from)
+    if found is None:
+        return  # gone, and not needed: `check` has seen to that
+    with whole(run / NOTE) as part:  # first, so that no weights stand there without it
+        part.write_text(json.dumps({"checkpoint": found.checkpoint, "digest": digest(found.weights)}) + "\n")
+    with whole(run / FILE) as part:
+        save_file(found.weights, part)
+
+
+class Found(NamedTuple):
+    checkpoint: str  # the name of its folder
+    weights: dict[str, Tensor]
+
+
+def find(run: Path, init_from: str) -> Found | None:
+    """The newest weights of init_from; of a run that has trained since, just those that it began with, or None if they
+    are gone: with others below it, what it has trained would be another model.
+    """
+    note, source = _note(run), Path(init_from)
+    if note is not None and not (source / "manifest.json").is_file():
+        source = source / "checkpoints" / note.checkpoint
+        if not (source / "manifest.json").is_file():
+            return None
+    found = Found(checkpoint_in(source, "init_from").name, of(str(source)))
+    return found if note is None or note.digest == digest(found.weights) else None
+
+
+class Note(NamedTuple):
+    checkpoint: str
+    digest: str
+
+
+def _note(run: Path) -> Note | None:
+    """Of the weights that a run began with; None while nothing is trained on them (or by a version without notes)."""
+    if checkpoints.latest(run / "checkpoints") is None or not (run / NOTE).is_file():
+        return None
+    return Note(**json.loads((run / NOTE).read_text()))
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values."""
+    found = sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def of(init_from: str) -> dict[str, Tensor]:
@@ -83,14 +130,42 @@ def apply(model: nn.Module, weights: Mapping[str, Tensor], init_from: str | None
             )
 
 
-def check(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
-    """UserError if the weights that the run starts from do not fit, or are left alone and mean something else."""
-    weights, source = read(folder), config["init_from"]
-    if source and not weights:
-        weights = of(source)
-        if not all(p.requires_grad for p in model.parameters()):
+def check(model: nn.Module, config: Mapping[str, Any], folder: Path) -> str:
+    """How many of the model's tensors the run is given, in words; "" without init_from.
+
+    UserError if none is, if they do not fit, or are left alone and mean something else, or if the run has begun with
+    others.
+    """
+    source, note, weights = config["init_from"], _note(folder), read(folder)
+    if not source:
+        apply(model, weights, source)
+        return ""
+    frozen = not all(p.requires_grad for p in model.parameters())
+    if not weights:
+        found = find(folder, source)
+        weights = found.weights if found else {}
+        if found and frozen:
             _check_meaning(config, source)
+    if note and frozen and (not weights or digest(weights) != note.digest):
+        raise UserError(
+            f"{folder} began with the weights of {note.checkpoint} of init_from={source}, and neither its {FILE} nor "
+            "that checkpoint has them any more; on others, what it has trained since would be another model. Put one "
+            "of them back, or begin anew under another name=..."
+        )
     apply(model, weights, source)
+    return _check_share(model, weights, source) if weights else ""
+
+
+def _check_share(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> str:
+    names = [name for name, _ in model.named_parameters()]
+    fresh = [name for name in names if name not in weights]
+    if len(fresh) == len(names):
+        raise UserError(
+            f"init_from={source} has none of the {len(names)} tensors of this model (there {next(iter(weights))}, here "
+            f"{names[0]}, ...): use the network and conditioning of that run"
+        )
+    others = f"; the others are fresh ({fresh[0]}, ...)" if fresh else ""
+    return f"{len(names) - len(fresh)} of {len(names)} tensors are those of init_from={source}{others}"
 
 
 def _check_meaning(config: Mapping[str, Any], source: str) -> None:

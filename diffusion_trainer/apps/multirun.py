@@ -20,8 +20,10 @@ from diffusion_trainer.apps import processes
 from diffusion_trainer.apps.config import assignment, expand
 from diffusion_trainer.apps.places import PLACES, Place
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import whole
 
 COMMAND = (sys.executable, "-m", "diffusion_trainer")
+Check = Callable[[Sequence[str]], object]  # of overrides
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class Point:
         return " ".join(self.swept)
 
 
-def main(verb: str, show: Callable[[Sequence[str]], str], overrides: Sequence[str]) -> int:
+def main(verb: str, show: Callable[[Sequence[str]], str], overrides: Sequence[str], check: Check | None = None) -> int:
     """The exit code: 0, or that of the first point that failed, or 128 + the signal that stopped the sweep."""
     if verb not in PLACES:
         raise UserError(f"{verb} does not sweep; {', '.join(PLACES)} do")
     world = processes.current()
     if world and world.size > 1:
         raise UserError(f"{world.size} processes were started; start a sweep once, it starts each point's processes")
-    points = plan(verb, show, overrides)
+    points = plan(verb, show, overrides, check)
     codes, stopped = run(verb, points)
     print(f"\n{summary(points, codes)}")
     if points[0].place.report:
@@ -52,20 +54,26 @@ def main(verb: str, show: Callable[[Sequence[str]], str], overrides: Sequence[st
     return 128 + stopped if stopped else next((code for code in codes if code), 0)
 
 
-def plan(verb: str, show: Callable[[Sequence[str]], str], overrides: Sequence[str]) -> list[Point]:
-    """The points, each with a place of its own; UserError lists what is wrong with any configuration, and where.
+def plan(
+    verb: str, show: Callable[[Sequence[str]], str], overrides: Sequence[str], check: Check | None = None
+) -> list[Point]:
+    """The points, each with a place of its own; UserError lists what is wrong with any of them, and with which.
 
-    show: the verb's own, from overrides to the YAML of the checked configuration.
+    show: the verb's own, from overrides to the YAML of the checked configuration. check: the verb's own; UserError for
+    all that it can know to fail before it touches a device, so that no point fails for that after hours of others.
     """
     points, wrong, combinations = [], {}, expand(overrides)
     for texts, swept in combinations:
         try:
             place = PLACES[verb](yaml.safe_load(show(texts)), swept)
+            own = (assignment(key, text) for key, text in place.settings.items())
+            point = Point(tuple(swept), (*texts, *own), place)
+            if check:
+                check(point.overrides)
         except UserError as error:
             wrong.setdefault(str(error), []).append(" ".join(swept))
         else:
-            own = (assignment(key, text) for key, text in place.settings.items())
-            points.append(Point(tuple(swept), (*texts, *own), place))
+            points.append(point)
     if wrong:  # what is wrong with all of them is said once
         at = {e: "every point" if len(where) == len(combinations) else "; ".join(where) for e, where in wrong.items()}
         raise UserError("nothing was started\n" + "\n".join(f"{where}:\n{error}" for error, where in at.items()))
@@ -132,12 +140,10 @@ def table(points: Sequence[Point], codes: Sequence[int]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     path = Path(os.path.relpath(os.path.commonpath([point.place.home.absolute() for point in points]))) / "table.csv"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".part").open("w", newline="") as file:
+        with whole(path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
-        path.with_suffix(".part").replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}); the points' own files are whole") from error
     cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]

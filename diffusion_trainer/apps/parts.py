@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffusion_trainer.apps.nodes import Schema, build
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.objectives.base import Objective
-from diffusion_trainer.process.denoiser import Denoiser
-from diffusion_trainer.process.levels import Level
-from diffusion_trainer.process.variances import Estimate
 from diffusion_trainer.training.model import Model
 
 
@@ -109,34 +106,6 @@ def check_sampling(config: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
     check_variance(config)
-
-
-@dataclass(frozen=True)
-class _Half(Denoiser):
-    """Stands for a model of which only the shapes count."""
-
-    conditioning: Conditioning
-
-    def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
-        return Estimate(x_t / 2)
-
-    def null(self, condition: Tensor | None) -> Tensor | None:
-        return self.conditioning.null(condition)
-
-
-def check_guidance(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
-    """UserError if the guidance cannot work: a file that is missing or takes other images, a missing condition.
-
-    It is asked for one estimate, on the CPU: what it loads is loaded.
-    """
-    parts = Parts.of(config, device="meta")
-    guidance = build(config["guidance"], "guidance", config["allowed_targets"])
-    level = parts.objective.schedule.frozen().level_at(sum(parts.objective.schedule.t_range) / 2)
-    conditioning = build(config["conditioning"], "conditioning", config["allowed_targets"])
-    try:
-        guidance(_Half(conditioning))(torch.zeros(2, *image_shape), level, conditioning.examples(2))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"guidance: {str(error).splitlines()[0]}") from error
 
 
 def check_variance(config: Mapping[str, Any]) -> None:

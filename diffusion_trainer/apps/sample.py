@@ -10,15 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_trainer.apps.config import dump
-from diffusion_trainer.apps.finished import Finished, FinishedConfig, load
+from diffusion_trainer.apps import finished
+from diffusion_trainer.apps.checks import check_guidance
+from diffusion_trainer.apps.config import dump, within
+from diffusion_trainer.apps.finished import Finished, FinishedConfig, check_drawing, written
 from diffusion_trainer.apps.initial import run_of
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import check_sampling
+from diffusion_trainer.apps.parts import Parts
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.evaluation.modes import Answer, Mode, Request
+from diffusion_trainer.evaluation.writing import whole
+from diffusion_trainer.process.variances import FixedSmall
 
 
 class SampleConfig(FinishedConfig):
@@ -29,29 +33,55 @@ class SampleConfig(FinishedConfig):
     mode: dict
 
 
+def _load(overrides: Sequence[str]) -> dict:
+    config = finished.load("sample", overrides, SampleConfig)
+    mode = build(config["mode"], "mode", config["allowed_targets"])
+    if not mode.deterministic:
+        return config
+    given = within(overrides, "variance")
+    if given and build(config["variance"], "variance", config["allowed_targets"]) != FixedSmall():
+        raise UserError(
+            f"{' '.join(given)}: {mode} is a deterministic map between noise and images, which has no reverse "
+            "variance; leave it out"
+        )
+    return finished.load("sample", overrides if given else [*overrides, "variance=beta_tilde"], SampleConfig)
+
+
 def show(overrides: Sequence[str]) -> str:
-    return dump(load("sample", overrides, SampleConfig))
+    return dump(_load(overrides))
+
+
+def check(overrides: Sequence[str]) -> dict:
+    """The configuration; UserError for what can be known to fail before weights are read."""
+    config = _load(overrides)
+    if config["n"] < 1 or config["batch_size"] < 1:
+        raise UserError(f"n={config['n']} and batch_size={config['batch_size']} must be positive")
+    sampler, mode, data = (build(config[g], g, config["allowed_targets"]) for g in ("sampler", "mode", "data"))
+    check_drawing(config)
+    mode.check(sampler)
+    if mode.guided:
+        check_guidance(config, data.image_shape)
+    conditions_of(config, Parts.of(config, device="meta").conditioning)
+    finished.check(config)
+    return config
 
 
 def main(overrides: Sequence[str]) -> int:
-    config = load("sample", overrides, SampleConfig)
-    if config["n"] < 1 or config["batch_size"] < 1:
-        raise UserError(f"n={config['n']} and batch_size={config['batch_size']} must be positive")
+    config = check(overrides)
     mode, data = (build(config[g], g, config["allowed_targets"]) for g in ("mode", "data"))
-    check_sampling(config)
-    finished = Finished.of(config, config["seed"])
-    conditioning = finished.parts.conditioning
+    done = Finished.of(config, config["seed"])
+    conditioning = done.parts.conditioning
     conditions = conditions_of(config, conditioning)
     start = time.monotonic()
     try:
-        answer = mode(Request(finished.generator, data, conditioning, conditions, config["n"], config["batch_size"]))
+        answer = mode(
+            Request(done.generator, data, conditioning, conditions, config["n"], config["batch_size"], config["label"])
+        )
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
-    out = out_of(config, finished, mode)
-    try:
-        write(out, answer, finished.provenance(config))
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written ({error}); choose another out=...") from error
+    out = out_of(config, done, mode)
+    with written(out):
+        write(out, answer, done.provenance(config))
     seconds = time.monotonic() - start
     names = ", ".join(["images", *answer.arrays, "provenance"])
     print(f"{answer.says}, in {seconds:.1f} s: {out}.png and {out}.npz ({names})")
@@ -71,21 +101,20 @@ def conditions_of(config: Mapping[str, Any], conditioning: Conditioning) -> Tens
     return labels
 
 
-def out_of(config: Mapping[str, Any], finished: Finished, mode: Mode) -> Path:
+def out_of(config: Mapping[str, Any], done: Finished, mode: Mode) -> Path:
     if config["out"] is not None:
         return Path(config["out"])
     label = "all" if config["label"] is None else config["label"]
-    return run_of(finished.checkpoint.folder) / "drawn" / f"{mode.prefix}label-{label}-seed-{config['seed']}"
+    return run_of(done.checkpoint.folder) / "drawn" / f"{mode.prefix}label-{label}-seed-{config['seed']}"
 
 
 def write(out: Path, answer: Answer, provenance: Mapping[str, Any]) -> None:
     images = answer.images
     columns = answer.columns or columns_for(len(images))
     pictures.save(pictures.grid(images, columns, pictures.scale_for(images.shape[2])), Path(f"{out}.png"))
-    part = out.with_name(f".{out.name}.part.npz")
     arrays = {name: array.numpy() for name, array in answer.arrays.items()}
-    np.savez(part, images=images.numpy(), provenance=json.dumps(provenance), **arrays)
-    part.replace(f"{out}.npz")
+    with whole(Path(f"{out}.npz")) as part, part.open("wb") as file:  # to a name, savez adds an ending of its own
+        np.savez(file, images=images.numpy(), provenance=json.dumps(provenance), **arrays)
 
 
 def columns_for(n: int) -> int:

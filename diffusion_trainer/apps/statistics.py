@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 
 from diffusion_trainer.apps.initial import run_of
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.process import analytic
 
 KEY = "statistics"  # of the nodes of a configuration that read such a file
+BOUND = "x_0_bound"  # estimates were clipped to it
 
 
 def path_of(checkpoint: Path, weights: str) -> Path:
@@ -26,12 +28,10 @@ def about(checkpoint: Path, weights: str) -> dict[str, str]:
 
 
 def write(path: Path, statistics: analytic.Statistics) -> None:
-    """OSError if it cannot be written; what was there before is then intact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    """OSError or SafetensorError if it cannot be written; what was there before is then intact."""
     tensors = {"log_snr": statistics.log_snr, "error": statistics.error.contiguous()}
-    save_file(tensors, part, metadata={"about": json.dumps(statistics.about)})
-    part.replace(path)
+    with whole(path) as part:
+        save_file(tensors, part, metadata={"about": json.dumps(statistics.about)})
 
 
 def resolve(node: Any, checkpoint: Path, weights: str) -> Any:
@@ -50,24 +50,47 @@ def resolve(node: Any, checkpoint: Path, weights: str) -> Any:
     return resolved
 
 
-def reads(node: Any) -> bool:
-    """Whether a part of a configuration needs such a file."""
-    if isinstance(node, list):
-        return any(map(reads, node))
-    return isinstance(node, Mapping) and (KEY in node or any(map(reads, node.values())))
+def files(node: Any) -> Iterator[str | None]:
+    """All that a part of a configuration reads; None where the checkpoint's own is meant."""
+    for key, value in node.items() if isinstance(node, Mapping) else enumerate(node if isinstance(node, list) else ()):
+        if key == KEY:
+            yield value
+        else:
+            yield from files(value)
+
+
+def check_bound(config: Mapping[str, Any], x_0_bound: float | None) -> None:
+    """UserError if statistics that are to be read are missing, or of estimates that were clipped to another bound."""
+    for path in files(config):
+        try:
+            theirs = analytic.required(path, "this choice").about.get(BOUND, "(not recorded)")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if theirs != x_0_bound:
+            there, here = ("null" if bound is None else bound for bound in (theirs, x_0_bound))
+            raise UserError(
+                f"statistics={path} were measured of estimates clipped to {BOUND}={there}, and here they are clipped "
+                f"to {BOUND}={here}: their errors differ; run `{_command(config['checkpoint'], config['weights'])} "
+                f"sampler.{BOUND}={here}`, or use the bound of the statistics"
+            )
 
 
 def _check(path: str, checkpoint: Path, weights: str) -> None:
-    if not Path(path).is_file():
-        return  # said when it is read
-    try:
-        theirs = analytic.read(path).about
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    ours = about(checkpoint, weights)
-    if any(theirs.get(key) != value for key, value in ours.items()):
+    theirs, ours = _about(path), about(checkpoint, weights)
+    if theirs is not None and any(theirs.get(key) != value for key, value in ours.items()):
         raise UserError(
             f"statistics={path} were measured on checkpoint {theirs.get('checkpoint')} ({theirs.get('weights')} "
-            f"weights), not on {checkpoint} ({weights} weights); run `diffusion-trainer variance "
-            f"checkpoint={checkpoint}{'' if weights == 'ema' else f' weights={weights}'}`"
+            f"weights), not on {checkpoint} ({weights} weights); run `{_command(checkpoint, weights)}`"
         )
+
+
+def _about(path: str) -> dict | None:
+    """None if there is no such file: that is said when it is read."""
+    try:
+        return analytic.read(path).about if Path(path).is_file() else None
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _command(checkpoint: str | Path, weights: str) -> str:
+    return f"diffusion-trainer variance checkpoint={checkpoint}" + ("" if weights == "ema" else f" weights={weights}")

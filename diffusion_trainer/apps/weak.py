@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.finished import loaded
 from diffusion_trainer.apps.initial import checkpoint_in, run_of
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.process.denoiser import MAX_KNOWN, Denoiser
 from diffusion_trainer.process.levels import Level, level_of_log_snr
 from diffusion_trainer.process.schedules import Schedule
@@ -36,7 +37,27 @@ class CheckpointModel(WeakModel):
         config = {**config, "allowed_targets": list(self.allowed_targets)}
         parts, model = loaded(config, checkpoint, self.weights, device)
         schedule = parts.objective.schedule.frozen()
-        return OnItsSchedule(model.denoiser(schedule, parts.objective.prediction), schedule)
+        denoiser = OnItsSchedule(model.denoiser(schedule, parts.objective.prediction), schedule)
+        return Conditional(denoiser, self.checkpoint) if parts.conditioning.fields else denoiser
+
+
+@dataclass(frozen=True)
+class Conditional(Denoiser):
+    """A model that must be told a condition; UserError when the one that it guides has none to pass on."""
+
+    inner: Denoiser
+    checkpoint: str
+
+    def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
+        if condition is None:
+            raise UserError(
+                f"guidance.weak.checkpoint={self.checkpoint} was trained with labels, and the model that it is to "
+                "guide has none to tell it; take a weak model of conditioning=none, or guide a model that has labels"
+            )
+        return self.inner(x_t, level, condition)
+
+    def null(self, condition: Tensor | None) -> Tensor | None:
+        return self.inner.null(condition)
 
 
 @dataclass(frozen=True)

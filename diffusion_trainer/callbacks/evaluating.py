@@ -1,6 +1,7 @@
 """Evaluation while training: samples from the EMA weights, metrics, a grid of pictures."""
 
 import json
+from pathlib import Path
 from time import monotonic
 
 import torch
@@ -10,15 +11,21 @@ from diffusion_trainer.callbacks.run import RunCallback, crossed
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.evaluation.evaluation import Interrupted
 from diffusion_trainer.evaluation.generate import Generator
+from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.training.ema import KEY
 from diffusion_trainer.training.module import to_pixels
 
 ROWS, COLUMNS = 8, 10
 DUE = "evaluation_due"  # in the run's state: an evaluation was interrupted
+REPORT = "metrics.json"
 
 
 class Evaluating(RunCallback):
-    """Every `every_n_images`, at the end, and at the very start when `at_start`: metrics and a grid, on all ranks."""
+    """Every `every_n_images`, at the end, and at the very start when `at_start`: metrics and a grid, on all ranks.
+
+    The checkpoint of the same step comes before it, and is without it: once done, it is in metrics.json. A run that
+    goes on from there reads it in that file, or makes up for it where it never came to its end.
+    """
 
     def __init__(self, every_n_images: int, at_start: bool = True):
         if every_n_images < 1:
@@ -26,17 +33,26 @@ class Evaluating(RunCallback):
         self.every_n_images, self.at_start = every_n_images, at_start
 
     def start(self) -> None:
-        self.history: list[dict] = self.run.state.setdefault("evaluations", [])
-        due = self.run.state.pop(DUE, False)
-        if due or (self.at_start and self.run.images_seen == 0):
+        run, now = self.run, self.run.images_seen
+        known = {record["images_seen"]: record for record in run.state.get("evaluations", [])}
+        (written, *_) = run.agreement.gather(_history(run.folder / REPORT) if run.first else [])
+        known |= {record["images_seen"]: record for record in written if record["images_seen"] <= now}
+        self.history: list[dict] = [known[images] for images in sorted(known)]
+        run.state["evaluations"] = self.history
+        due = self._due(now - run.module.progress.batch_size) if now else self.at_start
+        if run.state.pop(DUE, False) or (due and now not in known):
             self.evaluate()
 
     def after_step(self, previous: int) -> None:
-        last = self.run.images_seen >= self.run.module.progress.num_images
-        if last or crossed(previous, self.run.images_seen, self.every_n_images):
-            self.evaluate()
+        if self._due(previous) and not self.run.stopping and not self.evaluate():
+            self.run.stop()  # not a step later, when this evaluation can no longer be made up for
 
-    def evaluate(self) -> None:
+    def _due(self, previous: int) -> bool:
+        now = self.run.images_seen
+        return now >= self.run.module.progress.num_images or crossed(previous, now, self.every_n_images)
+
+    def evaluate(self) -> bool:
+        """Whether it came to its end; otherwise the run is stopping, and makes up for it when it goes on."""
         run = self.run
         start = monotonic()
         try:
@@ -45,10 +61,9 @@ class Evaluating(RunCallback):
                 metrics = self._metrics(generator)
                 picture = self._picture(generator)
         except Interrupted:
-            run.state[DUE] = True  # the run is stopping; it is evaluated when it goes on
-            return
+            run.state[DUE] = True
+            return False
         record = {"images_seen": run.images_seen, "weights": KEY if averaged else "initial", **metrics}
-        self.history.append(record)
         run.log({f"eval/{name}": value for name, value in metrics.items()})
         what = f"evaluation at {run.images_seen:,} images: {describe(metrics)}" if metrics else "pictures"
         run.say(f"  {what}   ({monotonic() - start:.0f} s)")
@@ -57,6 +72,9 @@ class Evaluating(RunCallback):
             pictures.save(picture, run.folder / "samples.png")
             for logger in run.trainer.loggers:
                 log_picture(logger, "eval/samples", picture, run.images_seen)
+        self.history.append(record)
+        self._report()  # last: what it has is not done again
+        return True
 
     def _metrics(self, generator: Generator) -> dict[str, float]:
         run = self.run
@@ -72,23 +90,26 @@ class Evaluating(RunCallback):
         x_0 = generator.draw(list(range(ROWS * COLUMNS)), conditions)
         return pictures.grid(to_pixels(x_0), COLUMNS, pictures.scale_for(x_0.shape[2]))
 
-    def finish(self) -> None:
+    def _report(self) -> None:
         """metrics.json: the last evaluation, the history, and what they were measured with."""
-        if self.run.first and self.history:
-            run = self.run
-            report = {
-                "metrics": {k: v for k, v in self.history[-1].items() if k not in ("images_seen", "weights")},
-                "images_seen": run.images_seen,
-                "provenance": {
-                    "weights": self.history[-1]["weights"],
-                    **(run.evaluation.provenance() if run.evaluation else {}),
-                    **run.state["provenance"],
-                },
-                "history": self.history,
-            }
-            part = run.folder / ".metrics.json.part"
-            part.write_text(json.dumps(report, indent=2) + "\n")
-            part.replace(run.folder / "metrics.json")
+        run, last = self.run, self.history[-1]
+        report = {
+            "metrics": {k: v for k, v in last.items() if k not in ("images_seen", "weights")},
+            "images_seen": last["images_seen"],
+            "provenance": {
+                "weights": last["weights"],
+                **(run.evaluation.provenance() if run.evaluation else {}),
+                **run.state["provenance"],
+            },
+            "history": self.history,
+        }
+        if run.first:
+            with whole(run.folder / REPORT) as part:
+                part.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _history(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["history"] if path.is_file() else []
 
 
 class _evaluation_mode:

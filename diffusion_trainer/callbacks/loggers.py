@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL.Image import Image
 
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import whole
 
 
 class LoggerChoice(ABC):
@@ -56,12 +57,10 @@ class CsvLogger(Logger):
         self._columns += new
         self._rows.append(row)
         if new or not self._whole:
-            part = self.path.with_name(f".{self.path.name}.part")
-            with part.open("w", newline="") as file:
+            with whole(self.path) as part, part.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self._columns, restval="")
                 writer.writeheader()
                 writer.writerows(self._rows)
-            part.replace(self.path)
             self._whole = True
         else:
             with self.path.open("a", newline="") as file:

@@ -28,7 +28,10 @@ class Run:
     generator: Callable[[], Generator]  # of the weights as they are when it is called
     evaluation: Prepared | None
     state: dict[str, Any] = field(default_factory=dict)  # saved with each checkpoint
-    stop_signal: int | None = None
+    stop_signal: int | None = None  # that this rank has received
+    save: Callable[[], None] | None = None  # a checkpoint now: for all ranks at once
+    stop: Callable[[], None] | None = None  # ends the training, saved, after this step: for all ranks at once
+    stopping: bool = False  # whether that has been called
     aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training
 
     @property
@@ -69,19 +72,12 @@ class RunCallback(Callback):
     def after_step(self, previous: int) -> None:
         """After each optimizer step; `previous` images had been seen before it."""
 
-    def finish(self) -> None:
-        """Once, after the last step of a run that was not interrupted."""
-
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         self.start()
 
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, outputs, batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.after_step(module.images_seen - module.progress.batch_size)
-
-    def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        if self.run.stop_signal is None:
-            self.finish()
 
 
 def crossed(previous: int, now: int, every: int) -> bool:

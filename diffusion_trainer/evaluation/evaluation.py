@@ -10,7 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusion_trainer.evaluation.features import Pixels, TorchScriptFeatures
 from diffusion_trainer.evaluation.generate import Generator
-from diffusion_trainer.streaming.datamodule import ShardData
+from diffusion_trainer.streaming.data import ShardData
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import to_pixels, to_unit
 
@@ -64,11 +64,11 @@ class Prepared:
         shares = agreement.gather((labels, digest))
         # A sum of hashes: the same however the images are dealt over ranks.
         self.reference_digest = f"{sum(d for _, d in shares) % 2**256:064x}"
-        self.labels: list[int] | None = _interleave([share for share, _ in shares]) if data.label else None
+        self.labels: list[int] | None = _interleave([share for share, _ in shares]) if "label" in data.entries else None
 
     @property
     def count(self) -> int:
-        return self.evaluation.num_samples or len(self.evaluation.reference.samples)
+        return self.evaluation.num_samples or self.evaluation.reference.count
 
     def _update(self, images: Tensor, real: bool) -> None:
         for distance in self.distances.values():
@@ -116,7 +116,7 @@ class Prepared:
             "seed": e.seed,
             "reference": {
                 "shards": e.reference.shards,
-                "num_images": len(e.reference.samples),
+                "num_images": e.reference.count,
                 "digest": self.reference_digest,
             },
             "features": {"file": e.features, "sha256": self.net.digest},

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_trainer.evaluation.writing import whole
+
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
     """images: (N, C, H, W) uint8, C 1 or 3, row by row; each pixel becomes scale x scale, one pixel lies between."""
@@ -27,7 +29,5 @@ def scale_for(height: int) -> int:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    picture.save(part, format="png")
-    part.replace(path)
+    with whole(path) as part:
+        picture.save(part, format="png")

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from diffusion_trainer.conditioning.base import Conditioning
+from diffusion_trainer.evaluation.real import images_of
 from diffusion_trainer.process.analytic import Statistics
 from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.sampling.noise import SampleNoise
-from diffusion_trainer.streaming.datamodule import ShardData, collate
+from diffusion_trainer.streaming.data import ShardData
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import to_unit
 
@@ -53,12 +54,9 @@ class PosteriorVarianceMeasurement:
         mine = range(agreement.rank, self.num_samples, agreement.world)
         for first in range(0, len(mine), self.batch_size):
             numbers = list(mine[first : first + self.batch_size])
-            batch = collate([data.decode(i % len(data.samples)) for i in numbers])
-            conditioning.check(batch)
-            x_0 = to_unit(batch["image"].to(device))
-            condition = conditioning.read({name: value.to(device) for name, value in batch.items()})
+            images, condition = images_of(data, [i % data.count for i in numbers], conditioning, device)
             noise = SampleNoise(self.seed, numbers, data.image_shape, device)
-            total += squared_errors(denoiser, at, x_0, condition, noise, x_0_bound).cpu()
+            total += squared_errors(denoiser, at, to_unit(images), condition, noise, x_0_bound).cpu()
         total = sum(agreement.gather(total))
         return Statistics(grid, total / self.num_samples, about)
 

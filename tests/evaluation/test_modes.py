@@ -12,11 +12,10 @@ from diffusion_trainer.conditioning.class_label import ClassLabel
 from diffusion_trainer.conditioning.unconditional import Unconditional
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
-from diffusion_trainer.evaluation.modes import Draw, Interpolate, Invert, Reconstruct, Request, images_of, slerp
+from diffusion_trainer.evaluation.modes import Draw, Interpolate, Invert, Reconstruct, Request, batches_of
 from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.variances import Estimate, FixedSmall
 from diffusion_trainer.sampling.guidance import NoGuidance
-from diffusion_trainer.streaming.datamodule import ShardData
 from diffusion_trainer.training.module import to_unit
 
 COSINE, SAMPLERS = built("schedule")["cosine"], built("sampler")
@@ -41,7 +40,7 @@ class Toy(Denoiser):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny.overrides(folder)
-    return ShardData(f"{folder}/tiny/train-*.tar", 1, 8, 8)
+    return tiny.data(folder)
 
 
 def request(data, n=4, sampler="ddim", num_steps=20, labels=True, batch_size=3):
@@ -51,41 +50,10 @@ def request(data, n=4, sampler="ddim", num_steps=20, labels=True, batch_size=3):
     return Request(generator, data, conditioning, conditioning.examples(n), n, batch_size)
 
 
-def test_slerp_of_unit_vectors_is_of_unit_length_and_turns_evenly():
-    a, b = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    a, b = a / a.norm(), b / b.norm()
-    share = torch.linspace(0, 1, 9, dtype=torch.float64)
-    path = slerp(a, b, share)
-    assert path.shape == (9, 3, 4, 5)
-    assert_close(path.flatten(1).norm(dim=1), torch.ones(9, dtype=torch.float64))
-    assert_close(path[0], a)
-    assert_close(path[-1], b)
-    angles = (path[1:] * path[:-1]).flatten(1).sum(1).acos()
-    assert_close(angles, angles.mean().expand(8), rtol=1e-6, atol=0)
-    assert_close(angles.sum(), (a * b).sum().acos(), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("factor", [1.0, 2.0, 1 + 1e-4])
-def test_slerp_of_parallel_vectors_is_the_line_between_them(dtype, factor):
-    a = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    share = torch.linspace(0, 1, 5, dtype=dtype)
-    path = slerp(a, factor * a, share)
-    assert path.isfinite().all()
-    assert_close(path, torch.lerp(a[None], factor * a[None], share[:, None, None, None]), rtol=1e-3, atol=1e-3)
-
-
-def test_slerp_of_opposite_vectors_keeps_its_ends():
-    a = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    path = slerp(a, -a, torch.linspace(0, 1, 3, dtype=torch.float64))
-    assert path.isfinite().all()
-    assert_close(path[[0, 2]], torch.stack([a, -a]))
-
-
-def test_slerp_of_independent_noise_keeps_its_size():
-    """Which is why it is not a line: half way on a line the noise has 0.7 of its standard deviation."""
-    a, b = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert slerp(a, b, torch.tensor([0.5])).std().item() == pytest.approx(1, abs=0.02)
+def real(asked):
+    """All the images that a request means, and their conditions."""
+    pixels, conditions = zip(*batches_of(asked), strict=True)
+    return torch.cat(pixels), None if conditions[0] is None else torch.cat(conditions)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -127,7 +95,7 @@ def test_reconstruction_error_falls_with_the_steps(data, sampler):
     errors = answer.arrays["mean_squared_error"]
     assert (errors.diff() < 0).all()
     assert errors[-1] < errors[0] / 4  # first order at least: the square falls by 16
-    pixels, _ = images_of(request(data, n=3))
+    pixels, _ = real(request(data, n=3))
     assert torch.equal(answer.images[:3], pixels)
     assert f"40: {errors[-1].item():.2e}" in answer.says
 
@@ -135,7 +103,7 @@ def test_reconstruction_error_falls_with_the_steps(data, sampler):
 def test_each_image_is_taken_back_under_its_own_condition(data):
     """Another label would be another flow, and the error that of the difference between their means."""
     asked = request(data, n=4, num_steps=50)
-    pixels, condition = images_of(asked)
+    pixels, condition = real(asked)
     x_0 = to_unit(pixels)
     x_T = asked.generator.encode(x_0, condition)
     assert_close(asked.generator.decode(x_T, condition), x_0, rtol=0, atol=0.15)
@@ -151,7 +119,7 @@ def test_inversion_gives_a_noise_that_makes_the_image_again(data, labels):
     x_T, pixels = answer.arrays["x_T"], answer.images[:4].int()
     assert x_T.shape == (4, *SHAPE)
     assert (answer.images[8:].int() - pixels).abs().float().mean() < 3
-    again = to_unit_of(asked.generator.decode(x_T, images_of(asked)[1]))
+    again = to_unit_of(asked.generator.decode(x_T, real(asked)[1]))
     assert (again - answer.images[8:].int()).abs().max() <= 1
     # The flow of N(m, 0.2 I) is affine: x_T is (x_0 - m) / sqrt(0.2), up to what little signal the noisy end has.
     mean = 0.0 if not labels else (torch.arange(4) / 10 - 0.5)[:, None, None, None]
@@ -159,7 +127,7 @@ def test_inversion_gives_a_noise_that_makes_the_image_again(data, labels):
 
 
 def test_more_images_than_there_are_is_all_of_them(data):
-    assert len(images_of(request(data, n=1000))[0]) == 100
+    assert len(real(request(data, n=1000))[0]) == 100
 
 
 @pytest.mark.parametrize("mode", [Interpolate(), Reconstruct(), Invert()], ids=lambda m: type(m).__name__.lower())
@@ -168,6 +136,69 @@ def test_samplers_that_draw_noise_are_refused_by_name(data, mode, sampler):
     solver = type(SAMPLERS[sampler].solver).__name__
     with pytest.raises(UserError, match=rf"mode={type(mode).__name__.lower()} needs .*, and {solver}"):
         mode(request(data, sampler=sampler))
+
+
+@dataclass(frozen=True)
+class Counted(Denoiser):
+    """Writes down how many samples it is asked for at a time."""
+
+    inner: Denoiser
+    sizes: list
+
+    def __call__(self, x_t, level, condition):
+        self.sizes.append(len(x_t))
+        assert condition is None or len(condition) == len(x_t)
+        return self.inner(x_t, level, condition)
+
+    def null(self, condition):
+        return condition
+
+
+@pytest.mark.parametrize(
+    "mode", [Interpolate(7), Reconstruct((4, 9)), Invert()], ids=lambda m: type(m).__name__.lower()
+)
+@pytest.mark.parametrize("labels", [True, False])
+def test_no_more_samples_at_a_time_than_the_batch_and_the_same_result(data, mode, labels):
+    answers = {}
+    for batch_size in (3, 100):
+        sizes = []
+        asked = request(data, n=5, labels=labels, batch_size=batch_size)
+        generator = replace(asked.generator, denoiser=Counted(Toy(), sizes))
+        answers[batch_size] = mode(asked._replace(generator=generator))
+        assert max(sizes) == min(batch_size, 7 if mode == Interpolate(7) else 5)
+    few, many = answers[3], answers[100]
+    assert (few.images.int() - many.images.int()).abs().max() <= 1
+    assert few.columns == many.columns
+    for name, array in many.arrays.items():
+        assert_close(few.arrays[name], array, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [Reconstruct((5,)), Invert()], ids=lambda m: type(m).__name__.lower())
+def test_a_label_means_images_of_that_class(data, mode):
+    pixels, condition = real(request(data, n=4)._replace(label=7))
+    assert condition.tolist() == [7] * 4
+    assert torch.equal(pixels, data.batch([7, 17, 27, 37])["image"])
+    assert torch.equal(mode(request(data, n=4)._replace(label=7)).images[:4], pixels)
+    assert len(real(request(data, n=1000)._replace(label=7))[0]) == 10
+    with pytest.raises(UserError, match="label=11: the data has no image of it"):
+        mode(request(data)._replace(label=11))
+
+
+def test_a_row_is_under_the_condition_of_its_number_which_the_file_has(data):
+    asked = request(data, n=3)
+    answer = Interpolate(points=2)(asked)
+    assert answer.arrays["label"].tolist() == [0, 1, 2]
+    for i in range(3):
+        ends = to_unit_of(asked.generator.draw([2 * i, 2 * i + 1], torch.tensor([i, i])))
+        assert (answer.images[2 * i : 2 * i + 2].int() - ends).abs().max() <= 1
+    assert Interpolate(points=2)(request(data, labels=False)).arrays == {}
+
+
+def test_steps_that_the_sampler_cannot_take_are_refused_at_once(data):
+    with pytest.raises(UserError, match=r"mode\.steps: num_steps=2 is too few for DPMSolverPP3M"):
+        Reconstruct((10, 2)).check(SAMPLERS["dpmpp_3m"])
+    with pytest.raises(UserError, match="mode=invert needs at least 2 steps"):
+        Invert().check(replace(SAMPLERS["ddim"], num_steps=1))
 
 
 def test_a_label_that_the_model_does_not_have_is_refused(data):

@@ -23,7 +23,6 @@ from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.variances import Estimate
 from diffusion_trainer.sampling.noise import SampleNoise
-from diffusion_trainer.streaming.datamodule import ShardData
 
 SCHEDULES = {name: schedule.frozen() for name, schedule in built("schedule").items()}
 CPU, SHAPE = torch.device("cpu"), (1, 40, 40)
@@ -110,7 +109,7 @@ def test_grid_covers_the_range_as_far_as_it_is_finite(schedule):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tiny.overrides(folder)
-    return ShardData(f"{folder}/tiny/train-*.tar", 1, 8, 8)
+    return tiny.data(folder)
 
 
 @dataclass(frozen=True)
@@ -146,13 +145,12 @@ def test_measurement_is_the_mean_over_images_and_their_own_noise(data):
     at = levels(SCHEDULES["cosine"], SCHEDULES["cosine"].t_of_log_snr(given.log_snr))
     total = torch.zeros(4, 1, 8, 8, dtype=torch.float64)
     for i in range(130):
-        sample = data.decode(i % 100)
-        x_0 = torch.from_numpy(sample["image"])[None].float() / 127.5 - 1
+        sample = data.batch([i % 100])
+        x_0 = sample["image"].float() / 127.5 - 1
         noise = SampleNoise(0, [i], (1, 8, 8), CPU)
         for k, level in enumerate(at):
             x_t = level.alpha * x_0 + level.sigma * noise()
-            label = torch.from_numpy(sample["label"].copy()).reshape(1)
-            total[k] += (ByLabel()(x_t, level, label).x_0_hat.clamp(-1, 1) - x_0).double().square()[0]
+            total[k] += (ByLabel()(x_t, level, sample["label"]).x_0_hat.clamp(-1, 1) - x_0).double().square()[0]
     assert_close(given.error, total / 130, rtol=1e-6, atol=1e-9)
     assert given.about == {"who": "me"}
 

@@ -1,36 +1,23 @@
-"""Weights and statistics that one run takes from another: by name, refused by name, and kept when the other goes."""
+"""Weights that one run takes from another: by name, refused by name, and kept when the other goes."""
 
-import json
 import shutil
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from conftest import SMALL, command, finish
-from options import built
-from safetensors.torch import save_file
 from torch import nn
-from torch.testing import assert_close
+from written_runs import averages, config_of, model_of, write_run
 
-from diffusion_trainer.apps import config as configuration
-from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import initial, statistics
+from diffusion_trainer.apps import initial
 from diffusion_trainer.apps.finished import loaded
-from diffusion_trainer.apps.initial import FILE, checkpoint_in, run_of
-from diffusion_trainer.apps.parts import Parts, TrainConfig
-from diffusion_trainer.apps.weak import CheckpointModel
+from diffusion_trainer.apps.initial import FILE, NOTE, checkpoint_in, run_of
+from diffusion_trainer.apps.parts import Parts
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.process import analytic
-from diffusion_trainer.process.levels import levels
-from diffusion_trainer.sampling.guidance import AutoGuidance
-from diffusion_trainer.training.agreement import Agreement
-from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest, save
-from diffusion_trainer.training.ema import KEY, attach_ema
-from diffusion_trainer.training.sharding import Replicated
+from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest
+from diffusion_trainer.training.ema import KEY
 
 CPU = torch.device("cpu")
-COSINE = built("schedule")["cosine"]
 
 
 @pytest.fixture
@@ -42,36 +29,6 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     return tiny.overrides(tmp_path_factory.mktemp("shards"))
-
-
-def config_of(shards, *overrides):
-    return configuration.load("train", [*shards, *tiny.NETWORK, *overrides], TrainConfig)
-
-
-def model_of(config, seed=0):
-    return Parts.of(config, seed).model(torch.float32)
-
-
-def write_run(folder, config, seed=1, ema=True, images=32):
-    """A run of one step, with a checkpoint of all that it trains: weights, and another set as their average."""
-    model = model_of(config, seed)
-    initial.write(folder, config["init_from"]) if config["init_from"] else None
-    initial.apply(model, initial.read(folder), config["init_from"])
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
-    if ema:
-        attach_ema(optimizer, lambda: 0.5)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = torch.randn(p.shape, generator=generator)
-    optimizer.step()
-    folder.mkdir(parents=True, exist_ok=True)
-    folders.write_config(folder, config)
-    return model, save(folder / "checkpoints", images, Replicated(model, optimizer), {}, Agreement(), 5)
-
-
-def averages(folder):
-    return Checkpoint(latest(folder / "checkpoints")).whole(KEY)
 
 
 def test_a_path_means_a_checkpoint_or_the_newest_of_a_run(here, shards):
@@ -151,7 +108,7 @@ def test_weights_are_written_once_so_that_the_source_may_go(here, shards):
     again = initial.read(run)
     assert before.keys() == again.keys()
     assert all(torch.equal(before[name], again[name]) for name in before)
-    assert [p.name for p in run.iterdir()] == [FILE]
+    assert sorted(p.name for p in run.iterdir()) == [NOTE, FILE]
     config = config_of(shards, "objective=npr", "init_from=runs/source")
     initial.check(model_on_meta(config), config, run)
     with pytest.raises(UserError, match=r"init_from=runs/source: there is no checkpoint"):
@@ -215,109 +172,24 @@ def test_a_frozen_weight_without_a_source_is_refused_with_advice(here, shards):
         initial.apply(model, {"weight": torch.zeros(2, 2)}, "runs/other")
 
 
-def table(about):
-    log_snr = torch.linspace(-8, 8, 5, dtype=torch.float64)
-    return analytic.Statistics(log_snr, torch.rand(5, 1, 8, 8, dtype=torch.float64), about)
-
-
-@pytest.fixture
-def checkpoint(here):
-    """A folder with a manifest: all that statistics look at."""
-    folder = here / "runs" / "a" / "checkpoints" / "images-000000000032"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text('{"images_seen": 32}')
-    return folder
-
-
-def test_statistics_are_written_whole_and_read_back(checkpoint):
-    path = statistics.path_of(checkpoint, "ema")
-    assert str(path) == "runs/a/variances/images-000000000032-ema.safetensors"
-    known = table(statistics.about(checkpoint, "ema") | {"num_samples": 7})
-    statistics.write(path, known)
-    given = analytic.read(str(path))
-    assert torch.equal(given.log_snr, known.log_snr)
-    assert torch.equal(given.error, known.error)
-    assert given.about == known.about
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_statistics_that_are_not_named_are_the_checkpoints_own_wherever_they_stand(checkpoint):
-    own = str(statistics.path_of(checkpoint, "raw"))
-
-    def node_with(value):
-        listed = [{"statistics": value}, [{"deep": {"statistics": value}}], "statistics", 1.5]
-        return {"variance": {"_target_": "x", "statistics": value}, "n": 3, "other": None, "list": listed}
-
-    node = node_with(None)
-    assert statistics.resolve(node, checkpoint, "raw") == node_with(own)
-    assert node["variance"]["statistics"] is None  # the configuration that was given is as it was
-
-
-def test_statistics_of_this_model_are_taken_and_those_of_another_refused(checkpoint, here):
-    path = here / "measured.safetensors"
-    ours = statistics.about(checkpoint, "ema")
-    node = {"sampler": {"grid": {"statistics": str(path)}}}
-    assert statistics.resolve(node, checkpoint, "ema") == node  # missing: said when it is read
-    statistics.write(path, table(ours | {"num_samples": 3}))
-    assert statistics.resolve(node, checkpoint, "ema") == node
-    with pytest.raises(UserError, match=r"checkpoint images-000000000032 \(ema weights\), not on .*\(raw weights\).*"
-                                        r"variance checkpoint=\S+ weights=raw`"):  # fmt: skip
-        statistics.resolve(node, checkpoint, "raw")
-    other = here / "other.safetensors"
-    statistics.write(other, table(ours | {"manifest": "0" * 64, "checkpoint": "images-9"}))
-    with pytest.raises(UserError, match=r"measured on checkpoint images-9 \(ema weights\), not on"):
-        statistics.resolve([{"statistics": str(other)}], checkpoint, "ema")
-    (checkpoint / "manifest.json").write_text('{"images_seen": 32, "again": 1}')  # trained anew in the same folder
-    with pytest.raises(UserError, match="were measured on"):
-        statistics.resolve(node, checkpoint, "ema")
-
-
-def test_a_file_that_is_none_is_refused_by_name(checkpoint, here):
-    (here / "garbage.safetensors").write_bytes(b"garbage")
-    save_file({"x": torch.zeros(1)}, here / "others.safetensors")
-    for name in ("garbage", "others"):
-        with pytest.raises(UserError, match=rf"{name}\.safetensors cannot be read"):
-            statistics.resolve({"statistics": f"{name}.safetensors"}, checkpoint, "ema")
-
-
-def inputs():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 1, 8, 8, generator=generator), levels(COSINE, [0.6])[0], torch.tensor([0, 4, 9])
-
-
-@pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_guided_by_itself_a_model_is_itself(here, shards, weights):
-    config = config_of(shards)
-    _, folder = write_run(here / "runs" / "a", config)
-    weak = CheckpointModel("runs/a", weights)
-    parts, model = loaded(config, Checkpoint(folder), weights, CPU)
-    denoiser = model.denoiser(COSINE, parts.objective.prediction)
-    plain = denoiser(*inputs()).x_0_hat
-    assert torch.equal(weak.denoiser(CPU)(*inputs()).x_0_hat, plain)
-    for scale in (0.0, 2.0, 5.0):
-        assert_close(AutoGuidance(scale, weak)(denoiser)(*inputs()).x_0_hat, plain)
-    other = CheckpointModel("runs/a", "raw" if weights == "ema" else "ema")
-    assert (AutoGuidance(2.0, other)(denoiser)(*inputs()).x_0_hat - plain).abs().max() > 1e-3
-
-
-def test_a_weak_model_may_be_one_checkpoint_of_a_smaller_network(here, shards):
-    strong, small = config_of(shards), config_of(shards, "network.base_channels=8", "network.head_channels=8")
-    _, folder = write_run(here / "runs" / "strong", strong)
-    _, weak_folder = write_run(here / "runs" / "small", small, images=64)
-    parts, model = loaded(strong, Checkpoint(folder), "ema", CPU)
-    _, weak_model = loaded(small, Checkpoint(weak_folder), "ema", CPU)
-    denoiser, weak = (m.denoiser(COSINE, parts.objective.prediction) for m in (model, weak_model))
-    given = AutoGuidance(3.0, CheckpointModel(str(weak_folder)))(denoiser)(*inputs()).x_0_hat
-    a, b = denoiser(*inputs()).x_0_hat, weak(*inputs()).x_0_hat
-    assert_close(given, a + 2 * (a - b))
-
-
-def test_weak_models_that_are_not_there_are_refused(here, shards):
-    with pytest.raises(UserError, match=r"guidance\.weak\.checkpoint=runs/none: there is no checkpoint"):
-        CheckpointModel("runs/none").denoiser(CPU)
-    write_run(here / "runs" / "a", config_of(shards), ema=False)
-    with pytest.raises(UserError, match="has no ema weights"):
-        CheckpointModel("runs/a").denoiser(CPU)
+def test_how_many_tensors_were_taken_is_said_and_none_is_refused(here, shards):
+    write_run(here / "runs" / "source", config_of(shards))
+    config = config_of(shards, "init_from=runs/source")
+    count = len(averages(here / "runs" / "source"))
+    new = here / "runs" / "new"
+    assert initial.check(model_on_meta(config), config, new).startswith(
+        f"{count} of {count} tensors are those of init_"
+    )
+    head = config_of(shards, "objective=npr", "init_from=runs/source")
+    more = len(dict(model_on_meta(head).named_parameters()))
+    said = initial.check(model_on_meta(head), head, new)
+    assert said.startswith(
+        f"{count} of {more} tensors are those of init_from=runs/source; the others are fresh (network."
+    )
+    with pytest.raises(
+        UserError, match=r"init_from=runs/source has none of the 2 tensors of this model \(there .*weight"
+    ):
+        initial.check(nn.Linear(2, 2), config, new)
 
 
 SLOW = [o for o in SMALL if not o.startswith("evaluation.")] + ["evaluation=none", "strategy=single"]
@@ -349,22 +221,3 @@ def test_a_second_stage_goes_on_bitwise_after_its_source_is_gone(trained, workpl
         command("sample", "checkpoint=runs/parts", "sampler=ancestral", "sampler.num_steps=3", "n=2", cwd=workplace)
     )
     assert code == 0, output
-
-
-@pytest.mark.slow
-def test_autoguidance_by_the_model_itself_draws_what_it_draws_alone(trained, workplace):
-    shutil.copytree(trained / "runs", workplace / "runs")
-    common = ["sample", "checkpoint=runs/digits", "n=4", "sampler.num_steps=3"]
-    drawn = []
-    for out, guidance in (
-        ("alone", ["guidance=none"]),
-        ("by_itself", ["guidance=autoguidance", "guidance.weak.checkpoint=runs/digits"]),
-    ):
-        code, output = finish(command(*common, *guidance, f"out={out}", cwd=workplace))
-        assert code == 0, output
-        drawn.append(np.load(workplace / f"{out}.npz")["images"].astype(int))
-    assert abs(drawn[0] - drawn[1]).max() <= 1
-    assert (
-        json.loads(str(np.load(workplace / "by_itself.npz")["provenance"]))["guidance"]["weak"]["checkpoint"]
-        == "runs/digits"
-    )
