@@ -40,7 +40,7 @@ from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, para
 from diffusion_trainer.apps.start import accept_interrupt
 from diffusion_trainer.apps.train import check_data, sizes
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.datamodule import Layout
+from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule
 
@@ -150,7 +150,8 @@ def measure(config: Mapping[str, Any], world: processes.World, steps: int, warmu
     progress, allowed = rank.progress_of(config), config["allowed_targets"]
     settings, strategy = (build(config[name], name, allowed) for name in ("trainer", "strategy"))
     layout = Layout(progress.batch_size, world.size, world.rank, settings.accumulate_grad_batches)
-    loader = TimedLoader(build(config["data"], "data", allowed).loader(layout, progress.seed, 0, warmup + steps))
+    data = build(config["data"], "data", allowed)
+    loader = TimedLoader(data.loader(layout, progress.seed, progress.lanes, 0, warmup + steps))
     with tempfile.TemporaryDirectory() as folder:
         module = rank.module_of(config, Path(folder), progress, settings.device())
         watch = Stopwatch(loader, module.model.dtype)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from diffusion_trainer.streaming.order import permutation
 from diffusion_trainer.streaming.writer import write_shards
 
-VERSION = 1  # of what this recipe writes; raise it when that changes
+VERSION = 2  # of what this recipe writes; raise it when that changes
 TRAIN, SAMPLES_PER_SHARD = 1500, 250
 
 
@@ -117,7 +117,8 @@ def done(out: Path) -> bool:
         report = json.loads((out / "digits.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    files = [*report.get("shards", {}).get("train", []), *report.get("shards", {}).get("heldout", []), "classifier.pt"]
+    shards = [name for names in report.get("shards", {}).values() for name in names]
+    files = [*shards, "index.json", "classifier.pt"]
     return report.get("version") == VERSION and all((out / name).is_file() for name in files)
 
 

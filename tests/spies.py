@@ -1,9 +1,12 @@
 """A callback that writes down what a run computed: for tests, named in a configuration through allowed_targets."""
 
 import hashlib
+import json
 
 import torch
 
+from diffusion_trainer.apps import config as configuration
+from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.callbacks.run import RunCallback
 from diffusion_trainer.training.checkpoints import WEIGHT
 from diffusion_trainer.training.ema import KEY
@@ -34,9 +37,10 @@ class Spy(RunCallback):
         return {name: torch.cat([runs[k] for k in sorted(runs)]) for name, runs in out.items()}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        pieces = module.progress.batch_size // len(batch["image"])
         for i, (image, label) in enumerate(zip(batch["image"], batch["label"], strict=True)):
             digest = hashlib.sha256(image.numpy().tobytes() + bytes([int(label)])).hexdigest()[:16]
-            self.ledger.append((batch["first"] + i, digest))
+            self.ledger.append((batch["first"] + i * pieces, digest))
         self.micro = [*getattr(self, "micro", []), module.last_terms.loss.mean().item()]
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
@@ -73,3 +77,21 @@ class Spy(RunCallback):
         }  # fmt: skip
         if self.run.first:
             torch.save(report, self.run.folder / f"spy-{self.began}.pt")
+
+
+class Ledger(RunCallback):
+    """<folder>/ledger-<rank>.jsonl: of each sample this rank has trained on, its number in the stream and its key.
+
+    Written as it happens, so that a process that is killed leaves what it has done.
+    """
+
+    def start(self) -> None:
+        self.data = build(configuration.read(self.run.folder / "config.yaml")["data"], "data")
+        self.file = (self.run.folder / f"ledger-{self.run.agreement.rank}.jsonl").open("a", buffering=1)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        pieces = module.progress.batch_size // len(batch["image"])
+        for i, (shard, sample) in enumerate(batch["samples"].tolist()):
+            key = f"{self.data.samples.shards[shard].url}:{self.data.samples.key(shard, sample)}"
+            self.file.write(json.dumps([batch["first"] + i * pieces, key]) + "\n")
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from diffusion_trainer.streaming.arrays import Label
+from diffusion_trainer.streaming.data import ShardData
+from diffusion_trainer.streaming.images import Image as ImageField
 from diffusion_trainer.streaming.writer import write_shards
 
 
@@ -31,6 +34,11 @@ def overrides(folder: Path) -> list[str]:
         "experiment=digits", f"data.shards='{folder}/tiny/train-*.tar'", "evaluation=none", "logger=csv",
         "batch_size=32", "lanes=4",
     ]  # fmt: skip
+
+
+def data(folder: Path) -> ShardData:
+    """The shards that `overrides` has written."""
+    return ShardData({"image": ImageField(1, 8, 8), "label": Label()}, f"{folder}/tiny/train-*.tar")
 
 
 # Overrides of the network: some 40 thousand parameters.

@@ -11,6 +11,8 @@ VERBS = {
     "sample": "draw samples from a checkpoint: a picture and an .npz",
     "evaluate": "measure a checkpoint: metrics with their provenance",
     "variance": "measure a checkpoint's posterior variance, for variance=analytic and optimal trajectories",
+    "index": "count, locate and checksum the samples of shards, once, before they are trained on",
+    "inspect": "what shards hold: counts, fields, a picture, speed, and what is damaged in them",
     "likelihood": "bits per dimension of data under a checkpoint: the variational bound, or exact by the ODE",
 }
 
@@ -20,8 +22,8 @@ verbs
 {verbs}
 
 `diffusion-trainer <verb> --help` lists the groups, their options and all keys; `<verb> --config [overrides]` prints the
-configuration and stops. `<verb> -m key=a,b other=range(1,4)` (--multirun) runs every combination, one after the other,
-and ends with a table of their metrics. Start with: diffusion-trainer train experiment=digits"""
+configuration and stops. `<verb> -m key=a,b other=range(1,4)` (--multirun) checks every combination, runs one after the
+other, and ends with a table of their metrics. Start with: diffusion-trainer train experiment=digits"""
 
 
 def main() -> None:
@@ -60,7 +62,7 @@ def run(arguments: list[str]) -> int:
     if flags in (["-m"], ["--multirun"]):
         from diffusion_trainer.apps import multirun
 
-        return multirun.main(verb, module.show, overrides)
+        return multirun.main(verb, module.show, overrides, lambda point: module.check(point))
     if flags:
         raise UserError(
             f"{' '.join(flags)}: there is no such flag; the flags are --help, --config and -m (--multirun), one at a "

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusion_trainer.apps.config import dump, read
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import whole
 
 # What may differ when a run goes on: how and how long it is computed and watched, not what is computed.
 MAY_CHANGE = (
@@ -25,7 +26,8 @@ MAY_CHANGE = (
     "variance",
     "guidance",
 )
-MAY_CHANGE_INSIDE = ("data.num_workers", "data.shards")
+ORDER = "order"  # of the samples: the fingerprint of the data
+MAY_CHANGE_INSIDE = ("data.num_workers", "data.prefetch", "data.shards", "data.store", "data.damage_budget")
 
 
 @contextmanager
@@ -80,16 +82,30 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    part = folder / ".config.yaml.part"
-    part.write_text(f"# written by diffusion-trainer train: the resolved configuration\n{dump(config)}")
-    part.replace(folder / "config.yaml")
+    with whole(folder / "config.yaml") as part:
+        part.write_text(f"# written by diffusion-trainer train: the resolved configuration\n{dump(config)}")
+
+
+def check_order(folder: Path, fingerprint: str | None) -> None:
+    """UserError if the run's samples so far came from data with another fingerprint."""
+    path = folder / ORDER
+    if path.is_file() and path.read_text() != str(fingerprint):
+        raise UserError(
+            f"{folder} has been training on shards with another index: samples would come in another order from now "
+            "on, some again and some never. Bring the old shards and index back, or begin another run with these: "
+            f"name=... init_from={folder}"
+        )
+
+
+def write_order(folder: Path, fingerprint: str | None) -> None:
+    with whole(folder / ORDER) as part:
+        part.write_text(str(fingerprint))
 
 
 def run_id(folder: Path) -> str:
     """The run's id in Weights & Biases: made once, kept in the folder."""
     path = folder / "run_id"
     if not path.is_file():
-        part = folder / ".run_id.part"
-        part.write_text(os.urandom(6).hex())
-        part.replace(path)
+        with whole(path) as part:
+            part.write_text(os.urandom(6).hex())
     return path.read_text().strip()

@@ -71,6 +71,9 @@ def _check_node(node: Any, path: str, allowed: tuple[str, ...]) -> Iterator[str]
 
 
 def _parts(value: Any) -> list[Any]:
+    """What may be nodes: the value, or its items (a list or a mapping of parts)."""
+    if isinstance(value, Mapping) and "_target_" not in value:
+        return list(value.values())
     return value if isinstance(value, list) else [value]
 
 

@@ -21,10 +21,11 @@ from diffusion_trainer.apps import initial, processes
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, dtype_of, generator_of
 from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.damage import CountDamage
 from diffusion_trainer.callbacks.observing import Observing
 from diffusion_trainer.callbacks.run import Run, RunCallback
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.datamodule import Layout
+from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule, Progress
@@ -54,6 +55,10 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
     ]
     if module.objective.observes:
         callbacks.insert(0, Observing())
+    data = build(config["data"], "data", config["allowed_targets"])
+    callbacks.insert(0, CountDamage(data.damage_budget, data.count))
+    if world.rank == 0:
+        folders.write_order(folder, data.fingerprint)
     begin = _Begin(config, folder, module, strategy, checkpoint, callbacks)
     trainer = trainer_settings.build(
         strategy, world.nodes, world.local_size, world.environment(), progress.num_images // progress.batch_size,
@@ -61,9 +66,8 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
     )  # fmt: skip
     resume_counters(trainer, started_at // progress.batch_size)
     layout = Layout(progress.batch_size, world.size, world.rank, trainer_settings.accumulate_grad_batches)
-    data = build(config["data"], "data", config["allowed_targets"])
     first, last = started_at // progress.batch_size, progress.num_images // progress.batch_size
-    trainer.fit(module, data.loader(layout, progress.seed, first, last))
+    trainer.fit(module, data.loader(layout, progress.seed, progress.lanes, first, last))
     return begin.exit_code()
 
 

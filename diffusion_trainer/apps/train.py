@@ -12,20 +12,13 @@ import torch
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps import initial, processes, statistics
+from diffusion_trainer.apps.checks import check_data, check_evaluation, check_guidance
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import (
-    Parts,
-    TrainConfig,
-    check_guidance,
-    check_network,
-    check_sampling,
-    parameter_shapes,
-)
+from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, check_sampling, parameter_shapes
+from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.evaluation.evaluation import Evaluation
-from diffusion_trainer.evaluation.features import TorchScriptFeatures
-from diffusion_trainer.streaming.datamodule import Layout, ShardData
+from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training import checkpoints
 
 
@@ -34,24 +27,36 @@ def show(overrides: Sequence[str]) -> str:
     return configuration.dump(configuration.load("train", overrides, TrainConfig))
 
 
-def main(overrides: Sequence[str]) -> int:
-    """The exit code: 0 done, 2 a mistake in the arguments, 130 or 143 stopped by a signal, 1 anything else."""
+def check(overrides: Sequence[str]) -> dict:
+    """The configuration; UserError for what can be known to fail before a process or a device is touched."""
     config = configuration.load("train", overrides, TrainConfig)
-    folder = Path(config["folder"])
-    world = processes.current()
+    _, size = processes_of(config, processes.current())
+    preflight(config, size, Path(config["folder"]))
+    return config
+
+
+def processes_of(config: dict[str, Any], world: World | None) -> tuple[int, int]:
+    """How many processes this machine is to have, and how many the run; UserError if the strategy has fewer."""
     strategy, trainer = (build(config[name], name, config["allowed_targets"]) for name in ("strategy", "trainer"))
     count = world.local_size if world else trainer.local_processes(strategy)
     size = world.size if world else count
     if strategy.max_processes and size > strategy.max_processes:
         raise UserError(f"{size} processes were started, this strategy has {strategy.max_processes}; use strategy=ddp")
+    return count, size
+
+
+def main(overrides: Sequence[str]) -> int:
+    """The exit code: 0 done, 2 a mistake in the arguments, 130 or 143 stopped by a signal, 1 anything else."""
+    config = configuration.load("train", overrides, TrainConfig)
+    folder, world = Path(config["folder"]), processes.current()
+    count, size = processes_of(config, world)
     first = world is None or world.rank == 0
-    if first:
-        preflight(config, size, folder)
+    given = preflight(config, size, folder) if first else ""
     with folders.held(folder) if first else nullcontext() as lock:
         if first:
             folders.write_config(folder, config)
             initial.write(folder, config["init_from"])
-            announce(config, size, trainer.device(), folder)
+            announce(config, size, folder, given)
         if world is None:
             code = processes.spawn(["-m", "diffusion_trainer.apps.start", str(folder)], count, folder / "logs", (lock,))
         else:
@@ -65,13 +70,15 @@ def main(overrides: Sequence[str]) -> int:
     return code
 
 
-def preflight(config: dict[str, Any], world: int, folder: Path) -> None:
-    """UserError for what can be known to fail before a process or a device is touched."""
+def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
+    """UserError for what can be known to fail before a process or a device is touched; what the run is given to begin
+    with, in words.
+    """
     sizes(config, world)
     allowed = config["allowed_targets"]
     for group in ("optimizer", "ema", "guidance", "callbacks", "logger"):
         build(config[group], group, allowed)
-    if statistics.reads(config["sampler"]) or statistics.reads(config["variance"]):
+    if [*statistics.files(config["sampler"]), *statistics.files(config["variance"])]:
         raise UserError(
             "variance statistics are measured on a trained model: train with variance=beta_tilde and another sampler, "
             "run `diffusion-trainer variance checkpoint=...`, then choose variance=analytic or "
@@ -81,9 +88,12 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> None:
     folders.check(folder, config)
     data = build(config["data"], "data", allowed)
     check_data(config, data)
-    check_network(config, data.image_shape)
+    for shape in data.image_shapes:
+        check_network(config, shape)
     check_guidance(config, data.image_shape)
-    initial.check(Parts.of(config, device="meta").model(torch.float32), config, folder)
+    if checkpoints.latest(folder / "checkpoints") is not None:
+        folders.check_order(folder, data.fingerprint)
+    given = initial.check(Parts.of(config, device="meta").model(torch.float32), config, folder)
     evaluation = build(config["evaluation"], "evaluation", allowed)
     if evaluation is not None:
         check_evaluation(config, data, evaluation)
@@ -93,26 +103,7 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> None:
         checkpoint.check_architecture(parameter_shapes(config))
         if checkpoint.images_seen - config["batch_size"] >= config["num_images"]:
             raise UserError(f"{folder} is at {checkpoint.images_seen:,} images already; num_images is less")
-
-
-def check_data(config: dict[str, Any], data: ShardData) -> None:
-    """The first samples decode, and have what the conditioning reads; UserError otherwise."""
-    conditioning = Parts.of(config).conditioning
-    missing = [name for name in conditioning.fields if name not in data.fields]
-    if missing:
-        raise UserError(f"the conditioning reads {missing[0]}, which data.label=null leaves out; use conditioning=none")
-    data.decode(0)
-    if "label" in conditioning.fields:
-        conditioning.check({"label": data.labels()})
-
-
-def check_evaluation(config: dict[str, Any], data: ShardData, evaluation: Evaluation) -> None:
-    """The reference is like the data and the feature network takes it; UserError otherwise."""
-    reference = evaluation.reference
-    if reference.image_shape != data.image_shape:
-        raise UserError(f"evaluation.reference has images {reference.image_shape}, data has {data.image_shape}")
-    check_data({**config, "data": config["evaluation"]["reference"]}, reference)
-    TorchScriptFeatures(evaluation.features, reference.image_shape, "cpu")
+    return given
 
 
 def sizes(config: dict[str, Any], world: int) -> None:
@@ -130,14 +121,17 @@ def sizes(config: dict[str, Any], world: int) -> None:
         )
 
 
-def announce(config: dict[str, Any], count: int, device: str, folder: Path) -> None:
+def announce(config: dict[str, Any], count: int, folder: Path, given: str) -> None:
     newest = checkpoints.latest(folder / "checkpoints")
     at = f", resuming from {newest.name}" if newest else ""
     million = sum(s.numel() for s in parameter_shapes(config).values()) / 1e6
     stage = config["strategy"].get("stage")
     how = f"ZeRO-{stage}" if stage else config["strategy"]["_target_"].rsplit(".", 1)[-1]
+    device = build(config["trainer"], "trainer", config["allowed_targets"]).device()
     many = f"{count} {device} process{'es' if count > 1 else ''}"
     print(f"run {config['name']} in {folder}: {million:.2f} M parameters, {how} on {many}{at}", flush=True)
+    if given and not newest:
+        print(f"  {given}", flush=True)
 
 
 def summarize(config: dict[str, Any], folder: Path) -> None:
@@ -149,6 +143,8 @@ def summarize(config: dict[str, Any], folder: Path) -> None:
     quality, start = describe(report["metrics"]), report["history"][0]
     if start.get("images_seen") == 0 and "fid" in start:
         quality += f" (FID at the start: {start['fid']:.1f})"
+    if quality and report["images_seen"] != seen:  # stopped, or killed, in the last one
+        quality += f" at {report['images_seen']:,} images; for the last: diffusion-trainer evaluate checkpoint={folder}"
     logs = [name for name in ("metrics.csv", "wandb") if (folder / name).exists()]
     numbers = [f"{path} with their provenance"] if path.is_file() else []
     pictures = folder / "samples.png"

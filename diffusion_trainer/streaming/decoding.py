@@ -1,25 +1,178 @@
-"""Bytes to arrays: a closed list of formats, none of which can run code."""
+"""Bytes to pixels: a closed list of formats, told apart by their bytes, none of which can run code.
+
+Damage is all that these functions raise for bad data; the libraries' own exceptions are named where they are called.
+"""
 
 import io
-from collections.abc import Callable, Mapping
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from PIL import Image
+import simplejpeg
+from PIL import Image as Pillow
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
+from diffusion_trainer.streaming.damage import Damage, TooLarge, Undecodable
+
+IMAGES = ("jpg", "jpeg", "png", "webp")  # extensions; the bytes decide which of the formats it is
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def image(data: bytes, channels: int) -> np.ndarray:
-    """(channels, H, W) uint8. Raises OSError or ValueError for what is not an image."""
-    with Image.open(io.BytesIO(data)) as picture:
-        pixels = np.asarray(picture.convert(MODES[channels]))
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+def undecodable(what: str, data: memoryview) -> Undecodable:
+    return Undecodable(f"{what}; it has {len(data)} bytes and begins with {bytes(data[:16])!r}")
 
 
-def label(data: bytes) -> np.ndarray:
-    """() int64 from decimal digits."""
-    return np.asarray(int(data), np.int64)
+@dataclass(frozen=True)
+class Picture(ABC):
+    """An image whose header has been read, and nothing else."""
+
+    data: memoryview
+    height: int
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @abstractmethod
+    def pixels(self, channels: int, enough: float = 1.0) -> tuple[np.ndarray, int]:
+        """(ceil(H/f), ceil(W/f), channels) uint8, and f: 1, 2, 4 or 8, at most `enough`. Alpha is dropped."""
+
+    def into(self, out: np.ndarray) -> None:
+        """All pixels; out: (H, W, channels)."""
+        out[...], _ = self.pixels(out.shape[2])
 
 
-LABELS: Mapping[str, Callable[[bytes], np.ndarray]] = {"cls": label}
+class Jpeg(Picture):
+    """Decoded strictly: what libjpeg would only warn of, and paint grey, is damage.
+
+    Flipped bits that leave valid codes show in no JPEG; samples have checksums against them. CMYK may differ from
+    Pillow's by one level.
+    """
+
+    @classmethod
+    def of(cls, data: memoryview) -> "Jpeg":
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError as error:
+            raise undecodable(f"its JPEG header cannot be read ({error})", data) from error
+        return cls(data, height, width)
+
+    def pixels(self, channels, enough=1.0):
+        factor = next(f for f in (8, 4, 2, 1) if f <= max(enough, 1))
+        return self._decode(channels, -(-self.height // factor), -(-self.width // factor)), factor
+
+    def into(self, out):
+        if out.flags.c_contiguous:
+            self._decode(out.shape[2], self.height, self.width, out)
+        else:
+            super().into(out)
+
+    def _decode(self, channels: int, height: int, width: int, buffer: np.ndarray | None = None) -> np.ndarray:
+        colours = "GRAY" if channels == 1 else "RGB"
+        try:
+            return simplejpeg.decode_jpeg(self.data, colours, min_height=height, min_width=width, buffer=buffer)
+        except ValueError as error:
+            raise undecodable(f"its JPEG data are damaged ({error})", self.data) from error
+
+
+class ByPillow(Picture):
+    """Palettes become colours, 16 bits 8 (the upper ones), the first frame of an animation the image."""
+
+    format: ClassVar[str]  # Pillow's name
+
+    def pixels(self, channels, enough=1.0):
+        try:
+            with Pillow.open(io.BytesIO(self.data), formats=(self.format,)) as picture:
+                picture.load()
+                picture.info.pop("transparency", None)  # alpha is dropped anyhow; Pillow would warn of it
+                if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
+                    picture = Pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+                pixels = np.asarray(picture.convert(MODES[channels]))
+        except Pillow.DecompressionBombError as error:
+            raise TooLarge(str(error)) from error
+        # Pillow says SyntaxError for PNGs that break its rules, EOFError for frames that are not there.
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise undecodable(f"it cannot be decoded as {self.format} ({error})", self.data) from error
+        return pixels.reshape(self.height, self.width, channels), 1
+
+
+class Png(ByPillow):
+    format = "PNG"
+
+    @classmethod
+    def of(cls, data: memoryview) -> "Png":
+        if bytes(data[8:16]) != b"\0\0\0\x0dIHDR" or len(data) < 24:
+            raise undecodable("its PNG header is damaged", data)
+        width, height = struct.unpack(">II", data[16:24])
+        return cls(data, height, width)
+
+    def pixels(self, channels, enough=1.0):
+        self._check()
+        return super().pixels(channels)
+
+    def _check(self) -> None:
+        """The checksums of all chunks, which Pillow does not look at, and that the last one is there."""
+        at, name = 8, b""
+        while name != b"IEND":
+            (length,) = struct.unpack(">I", bytes(self.data[at : at + 4]).ljust(4, b"\xff"))
+            end = at + 8 + length
+            if end + 4 > len(self.data):
+                raise undecodable("the PNG is truncated", self.data)
+            name = bytes(self.data[at + 4 : at + 8])
+            if zlib.crc32(self.data[at + 4 : end]) != int.from_bytes(self.data[end : end + 4], "big"):
+                raise undecodable(f"the checksum of the PNG's {name!r} is wrong", self.data)
+            at = end + 4
+
+
+class WebP(ByPillow):
+    format = "WEBP"
+
+    @classmethod
+    def of(cls, data: memoryview) -> "WebP":
+        head = bytes(data[:30]).ljust(30, b"\0")
+        if int.from_bytes(head[4:8], "little") + 8 > len(data):
+            raise undecodable("the WebP is truncated", data)
+        width, height = _webp_size(head)
+        if not width:
+            raise undecodable("its WebP header is damaged", data)
+        return cls(data, height, width)
+
+
+def _webp_size(head: bytes) -> tuple[int, int]:
+    """Width and height; zeros for a header that is none (RFC 9649, sections 2.5 to 2.7)."""
+    if head[12:16] == b"VP8X":
+        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+    if head[12:16] == b"VP8L" and head[20] == 0x2F:
+        bits = int.from_bytes(head[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if head[12:16] == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    return 0, 0
+
+
+def picture_of(data: memoryview) -> Picture:
+    """Of a JPEG, PNG or WebP: as its first bytes say, whatever its name. Only the header is read."""
+    magic = bytes(data[:12])
+    if magic[:3] == b"\xff\xd8\xff":
+        picture = Jpeg.of(data)
+    elif magic[:8] == PNG:
+        picture = Png.of(data)
+    elif magic[:4] == b"RIFF" and magic[8:] == b"WEBP":
+        picture = WebP.of(data)
+    else:
+        raise undecodable("it is no JPEG, PNG or WebP", data)
+    if not (picture.height and picture.width):
+        raise undecodable("the image has no pixels", data)
+    return picture
+
+
+def image_size(data: bytes | memoryview) -> tuple[int, int]:
+    """Height and width as the image's header says; (0, 0) for what is no image."""
+    try:
+        return picture_of(memoryview(data)).size
+    except Damage:
+        return 0, 0

@@ -1,11 +1,14 @@
-"""Which sample comes when: sample number t of the endless stream is a pure function of (count, seed, t)."""
+"""Which sample comes when: sample number t of the endless stream is a pure function of (index, seed, t)."""
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_trainer.conventions import seed_of
+from diffusion_trainer.conventions import UserError, seed_of
 
 
 def permutation(n: int, *key: int | str) -> np.ndarray:
@@ -20,21 +23,177 @@ def permutation(n: int, *key: int | str) -> np.ndarray:
     return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
 
 
-@lru_cache(maxsize=2)  # a batch lies in one epoch, or in two at a border
-def _epoch(count: int, seed: int, epoch: int) -> np.ndarray:
-    return permutation(count, seed, "order", epoch)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
-    """Every sample once per epoch, each epoch in an order of its own."""
+    """The endless shuffled sequence of one source's samples: every one once in each epoch of N numbers.
 
-    count: int
+    Number n belongs to lane n % lanes. In each epoch the shards, in a random order that stays, are cut into a run of
+    samples for each lane (the cuts may fall within shards, and move by less than `lanes` samples from epoch to epoch).
+    A lane shuffles the shards of its run, then the samples within windows. So a lane reads few shards at a time, and
+    the same ones for ever, which keeps the caches of nodes warm.
+    """
+
+    counts: np.ndarray  # (shards,) samples of each
     seed: int
+    source: str
+    lanes: int
+    window: int  # samples of a lane that are shuffled among each other
+    total: int = field(init=False)  # N
 
-    def __call__(self, first: int, last: int) -> np.ndarray:
-        """Samples number first..last-1 of the stream: (last - first,) indices into the set of `count` samples."""
-        numbers = np.arange(first, last)
-        epochs, places = np.divmod(numbers, self.count)
-        parts = [_epoch(self.count, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
-        return np.concatenate(parts)
+    def __post_init__(self):
+        if self.lanes < 1 or self.window < 1:
+            raise ValueError(f"lanes and window must be positive, not {self.lanes} and {self.window}")
+        object.__setattr__(self, "total", int(np.sum(self.counts)))
+        if self.total < 1:
+            raise UserError(f"source {self.source} has no samples")
+        # A process needs one window of each of its lanes, and the next ones at the borders.
+        for name in ("_run", "_window"):
+            object.__setattr__(self, name, lru_cache(2 * self.lanes + 2)(getattr(self, name)))
+
+    def __call__(self, lane: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of ascending numbers of one lane, the shards and the samples in them, both (n,)."""
+        shards, samples = np.empty(len(numbers), np.int64), np.empty(len(numbers), np.int64)
+        at = 0
+        while at < len(numbers):
+            epoch = int(numbers[at]) // self.total
+            first = epoch * self.total + (lane - epoch * self.total) % self.lanes
+            window = (int(numbers[at]) - first) // self.lanes // self.window
+            begin = first + window * self.window * self.lanes
+            stop = at + int(
+                np.searchsorted(numbers[at:], min(begin + self.window * self.lanes, (epoch + 1) * self.total))
+            )
+            places = (numbers[at:stop] - begin) // self.lanes
+            for out, table in zip((shards, samples), self._window(lane, epoch, window), strict=True):
+                out[at:stop] = table[places]
+            at = stop
+        return shards, samples
+
+    @cached_property
+    def _line(self) -> tuple[np.ndarray, np.ndarray]:
+        """All shards in their lasting order, and where each ends."""
+        shards = permutation(len(self.counts), self.seed, self.source, "shards")
+        return shards, np.cumsum(self.counts[shards])
+
+    def _cut(self, lane: int, epoch: int) -> int:
+        """How many numbers of the epoch belong to lanes before this one: where its run begins in the line."""
+
+        def below(n: int) -> int:
+            return n // self.lanes * lane + min(n % self.lanes, lane)
+
+        return below((epoch + 1) * self.total) - below(epoch * self.total)
+
+    def _run(self, lane: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces of shards of a lane's epoch in their shuffled order: shard, first sample less place, end."""
+        shards, ends = self._line
+        first, last = self._cut(lane, epoch), self._cut(lane + 1, epoch)
+        pieces = slice(np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "left") + 1)
+        shards, ends = shards[pieces], ends[pieces]
+        starts = ends - self.counts[shards]
+        begins = np.maximum(starts, first)
+        p = permutation(len(shards), self.seed, self.source, "run", lane, epoch)
+        sizes = (np.minimum(ends, last) - begins)[p]
+        place = np.cumsum(sizes) - sizes
+        return shards[p], (begins - starts)[p] - place, place + sizes
+
+    def _window(self, lane: int, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and sample at each place of a window."""
+        shards, shifts, ends = self._run(lane, epoch)
+        first = window * self.window
+        n = min(self.window, int(ends[-1]) - first)
+        places = first + permutation(n, self.seed, self.source, "window", lane, epoch, window)
+        pieces = np.searchsorted(ends, places, "right")
+        return shards[pieces].astype(np.int32), (shifts[pieces] + places).astype(np.int32)
+
+
+class Places(NamedTuple):
+    """Where the samples of some numbers are, each (n,)."""
+
+    source: np.ndarray
+    shard: np.ndarray  # of the source
+    sample: np.ndarray  # of the shard
+
+
+def shares(weights: Sequence[float], period: int) -> list[int]:
+    """Whole numbers in proportion to the weights that sum to `period` (largest remainders); UserError if one is 0."""
+    exact = np.asarray(weights, float) / np.sum(weights) * period
+    whole = np.floor(exact).astype(int)
+    largest = np.argsort(whole - exact, kind="stable")[: period - whole.sum()]
+    whole[largest] += 1
+    if not whole.all():
+        raise UserError(
+            f"a source with weight {np.min(weights)} of {np.sum(weights):g} would never come in a mixing period of "
+            f"{period} samples; use a mixing_period of at least {int(np.ceil(np.sum(weights) / np.min(weights)))}"
+        )
+    return whole.tolist()
+
+
+def turns(shares: Sequence[int], *key: int | str) -> tuple[np.ndarray, np.ndarray]:
+    """Who has each of sum(shares) shuffled slots, and how many slots before it are theirs, both (sum(shares),)."""
+    base = np.repeat(np.arange(len(shares)), shares)
+    who = base[permutation(len(base), *key)]
+    rank = np.empty(len(who), np.int64)
+    for one, share in enumerate(shares):
+        rank[who == one] = np.arange(share)
+    return who, rank
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """The stream of several sources: of each `period` samples in a lane, source s has exactly shares[s], shuffled."""
+
+    orders: Sequence[Order]
+    shares: Sequence[int]  # they sum to the period
+
+    def __post_init__(self):
+        object.__setattr__(self, "_pattern", lru_cache(2 * self.orders[0].lanes + 2)(self._pattern))
+
+    def bucket(self, numbers: range) -> int:
+        """Which of the data's shapes a piece has: there is one."""
+        return 0
+
+    def __call__(self, numbers: range) -> Places:
+        """Of samples `numbers` of the stream."""
+        lanes, n = self.orders[0].lanes, np.arange(numbers.start, numbers.stop, numbers.step)
+        places = Places(*(np.empty(len(n), np.int64) for _ in Places._fields))
+        cycle = lanes // gcd(lanes, numbers.step)  # after so many numbers the lanes come again
+        for first in range(min(cycle, len(n))):
+            mine, lane = slice(first, None, cycle), int(n[first]) % lanes
+            for out, found in zip(places, self._places(lane, *self._numbers(lane, n[mine])), strict=True):
+                out[mine] = found
+        return places
+
+    def instead(self, number: int, attempt: int) -> tuple[int, int, int]:
+        """Source, shard and sample of another one for a damaged one, of its source and lane, and near by: its shard is
+        being read anyway. A function of the number and of how many were damaged before it."""
+        lanes = self.orders[0].lanes
+        lane = number % lanes
+        source, element = self._numbers(lane, np.array([number]))
+        order = self.orders[int(source[0])]
+        away = 1 + seed_of(order.seed, "instead", number, attempt) % min(order.window, order.total)
+        return tuple(int(place[0]) for place in self._places(lane, source, element + away * lanes))
+
+    def _places(self, lane: int, source: np.ndarray, numbers: np.ndarray) -> Places:
+        if len(self.orders) == 1:
+            return Places(source, *self.orders[0](lane, numbers))
+        places = Places(source, np.empty(len(source), np.int64), np.empty(len(source), np.int64))
+        for s in np.unique(source):
+            here = source == s
+            places.shard[here], places.sample[here] = self.orders[s](lane, numbers[here])
+        return places
+
+    def _numbers(self, lane: int, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of samples n, all of one lane: the source, and the number in its order."""
+        if len(self.orders) == 1:
+            return np.zeros(len(n), np.int64), n
+        lanes, period = self.orders[0].lanes, sum(self.shares)
+        blocks, slots = np.divmod(n // lanes, period)
+        source, elements = np.empty(len(n), np.int64), np.empty(len(n), np.int64)
+        for block in np.unique(blocks):
+            here = blocks == block
+            which, rank = self._pattern(lane, int(block))
+            source[here] = which[slots[here]]
+            elements[here] = block * np.asarray(self.shares)[source[here]] + rank[slots[here]]
+        return source, elements * lanes + lane
+
+    def _pattern(self, lane: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        return turns(self.shares, self.orders[0].seed, "mix", lane, block)

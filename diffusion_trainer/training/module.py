@@ -26,8 +26,8 @@ class Progress:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 pixels -> float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 pixels -> float32 in [-1, 1]; floating-point latents -> float32, as they are."""
+    return images.float() if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def to_pixels(x_0: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def to_pixels(x_0: Tensor) -> Tensor:
 
 
 class DiffusionModule(LightningModule):
-    """Trains a Model with an objective on batches of {image, [label], first} (see streaming.datamodule)."""
+    """Trains a Model with an objective on batches of {image, [label], first} (see streaming.data)."""
 
     def __init__(
         self,

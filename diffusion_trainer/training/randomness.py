@@ -1,7 +1,8 @@
 """Randomness of training as a function of (seed, stream, step, lane), never of the rank.
 
-A lane is a fixed part of the global batch. Whoever computes a lane draws the same numbers for it, so the loss curve
-does not depend on how many processes compute it, and a resumed run needs no generator's state.
+A lane is a fixed part of the global batch: of L lanes, lane l has the places l, l + L, l + 2 L, ... (the data's order
+has the same lanes). Whoever computes a lane draws the same numbers for it, so the loss curve does not depend on how
+many processes compute it, and a resumed run needs no generator's state.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from diffusion_trainer.conventions import seed_of
 
 @dataclass(frozen=True)
 class LaneDraws:
-    """Draws (see conventions) of samples number first..first+count-1 of the stream: whole lanes of one global batch."""
+    """Draws (see conventions) of one piece of a global batch: of P pieces of `count` samples each, the one that begins
+    at sample number `first` and has every P-th from there on. A piece is made of whole lanes.
+    """
 
     seed: int
     first: int
@@ -25,9 +28,17 @@ class LaneDraws:
     device: torch.device
 
     def __post_init__(self):
-        size = self.batch_size // self.lanes
-        if self.batch_size % self.lanes or self.first % size or self.count % size:
-            raise ValueError(f"{self.count} samples from {self.first} are not whole lanes of {size} samples")
+        if self.batch_size % self.lanes or self.batch_size % self.count or self.lanes % self.pieces:
+            raise ValueError(
+                f"a piece of {self.count} samples of a batch of {self.batch_size} is not made of whole lanes "
+                f"({self.lanes} lanes)"
+            )
+        if self.first % self.batch_size >= self.pieces:
+            raise ValueError(f"no piece of {self.count} samples of {self.batch_size} begins at number {self.first}")
+
+    @property
+    def pieces(self) -> int:
+        return self.batch_size // self.count
 
     @property
     def total(self) -> int:
@@ -35,8 +46,7 @@ class LaneDraws:
 
     @property
     def place(self) -> Tensor:
-        start = self.first % self.batch_size
-        return torch.arange(start, start + self.count, device=self.device)
+        return torch.arange(self.first % self.batch_size, self.batch_size, self.pieces, device=self.device)
 
     def uniform(self, stream: str) -> Tensor:
         return self._draw(stream, lambda n, g: torch.rand(n, generator=g, device=self.device))
@@ -46,7 +56,7 @@ class LaneDraws:
 
     def _draw(self, stream: str, draw: Callable[[int, Generator], Tensor]) -> Tensor:
         step, start = divmod(self.first, self.batch_size)
+        seeds = [seed_of(self.seed, stream, step, lane) for lane in range(start, self.lanes, self.pieces)]
         size = self.batch_size // self.lanes
-        lanes = range(start // size, (start + self.count) // size)
-        seeds = [seed_of(self.seed, stream, step, lane) for lane in lanes]
-        return torch.cat([draw(size, Generator(self.device).manual_seed(s)) for s in seeds])
+        by_lane = [draw(size, Generator(self.device).manual_seed(s)) for s in seeds]
+        return torch.stack(by_lane, 1).flatten(0, 1)  # the lanes take turns

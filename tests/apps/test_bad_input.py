@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import tiny
 from conftest import SMALL
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.indexing import index
 from diffusion_trainer.streaming.writer import write_shards
 
 DIGITS = ["train", "experiment=digits", *SMALL]
@@ -48,9 +50,9 @@ def refused(workplace, monkeypatch):
         ("network.groups=7", "network: every level's channels"),
         ("network.channel_multipliers=[1,1,1,1,1]", "do not halve"),
         ("conditioning.num_classes=5", "is out of range: the model has 5 classes"),
-        ("data.label=null", "the conditioning reads label"),
-        ("data.channels=3", "evaluation.reference has images (1, 8, 8), data has (3, 8, 8)"),
-        ("data.height=9", "image of (8, 8) pixels, the configuration says data.height=9"),
+        ("data.fields.label=null", "the conditioning reads label"),
+        ("data.fields.image.channels=3", "evaluation.reference has images (1, 8, 8), data has (3, 8, 8)"),
+        ("data.fields.image.height=9", "shards/digits/train-000000.tar, sample 0 (wrong_shape)"),
         ("batch_size=15", "batch_size=15 does not divide over 2 processes"),
         ("lanes=3", "lanes=3 must divide batch_size=16"),
         ("batch_size=0", "batch_size must be positive"),
@@ -64,7 +66,7 @@ def refused(workplace, monkeypatch):
         ("~optimizer", "nothing can be deleted"),
         ("schedule._target_=os.system", "schedule._target_: os.system is outside diffusion_trainer"),
         ("schedule._target_=diffusion_trainer.apps.processes.subprocess.Popen", "there is no"),
-        ("schedule._target_=diffusion_trainer.streaming.shards.Path", "is not a class of diffusion_trainer"),
+        ("schedule._target_=diffusion_trainer.streaming.stores.Path", "is not a class of diffusion_trainer"),
         ("lr", "cannot read the arguments"),
         ("data.shards=shards/digits", "shards/digits is a folder; name its files: shards/digits/*.tar"),
         ("network=null", "network is one of unet, unet_small"),
@@ -111,10 +113,19 @@ def test_verbs_and_flags_are_explained(refused):
 
 
 def test_shards_without_labels_and_empty_ones_are_named(refused, workplace, digits):
-    write_shards([{"__key__": "a", "png": b"x"}], workplace / "bad", "x", 10)
-    assert "sample a has no label" in refused(*DIGITS, "data.shards=bad/x-*.tar")
-    (workplace / "bad" / "x-000000.tar").write_bytes(b"\0" * 10240)
-    assert "x-000000.tar is empty" in refused(*DIGITS, "data.shards=bad/x-*.tar")
+    (sample,) = tiny.samples(1)
+    del sample["cls"]
+    write_shards([sample], workplace / "bad", "x", 10)
+    said = refused(*DIGITS, "data.shards=bad/x-*.tar")
+    assert "bad/x-000000.tar, sample 0 (missing_field): it has no .cls, only .png" in said
+    empty = workplace / "empty" / "x.tar"
+    empty.parent.mkdir()
+    empty.write_bytes(b"\0" * 10240)
+    assert "x.tar has no index; make it: diffusion-trainer index 'empty/*.tar'" in refused(
+        *DIGITS, "data.shards=empty/*.tar"
+    )
+    index([empty], 1)
+    assert "there are no samples" in refused(*DIGITS, "data.shards=empty/*.tar")
 
 
 def test_a_folder_of_strangers_is_left_alone(refused, workplace):

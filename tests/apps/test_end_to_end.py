@@ -173,9 +173,9 @@ def test_a_folder_in_use_is_refused(workplace):
 def test_without_labels_without_evaluation(cli, workplace):
     """Unconditional, ELBO-weighted, linear schedule, ancestral sampling: every other joint of the house."""
     code, output = cli(
-        *[o for o in RUN if not o.startswith("evaluation.")], "evaluation=none", "conditioning=none", "data.label=null",
-        "objective=elbo", "schedule=linear", "sampler=ancestral", "sampler.num_steps=5", "strategy=single",
-        "timesteps=uniform", "ema=constant", "optimizer=adamw", "num_images=64",
+        *[o for o in RUN if not o.startswith("evaluation.")], "evaluation=none", "conditioning=none",
+        "data.fields.label=null", "objective=elbo", "schedule=linear", "sampler=ancestral", "sampler.num_steps=5",
+        "strategy=single", "timesteps=uniform", "ema=constant", "optimizer=adamw", "num_images=64",
     )  # fmt: skip
     assert code == 0, output
     code, output = cli("sample", "checkpoint=runs/digits", "n=5", "guidance.scale=3", "weights=raw")

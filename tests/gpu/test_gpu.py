@@ -21,7 +21,7 @@ from diffusion_trainer.apps.processes import World
 from diffusion_trainer.apps.sample import SampleConfig
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.sampling.noise import SampleNoise
-from diffusion_trainer.streaming.datamodule import Layout
+from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training.module import DiffusionModule, to_pixels
 
 CUDA = pytest.param(
@@ -122,7 +122,7 @@ def step(module: DiffusionModule, optimizer: torch.optim.Optimizer, batch: dict)
 
 def on(device: str, config: dict) -> Iterator[dict]:
     """Batches, moved to the device."""
-    for batch in build(config["data"], "data").loader(Layout(config["batch_size"]), 0, 0, 2):
+    for batch in build(config["data"], "data").loader(Layout(config["batch_size"]), 0, config["lanes"], 0, 2):
         yield {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 

@@ -92,9 +92,7 @@ def test_gradients_of_two_halves_of_a_batch_are_those_of_the_whole():
     whole = torch.autograd.grad(
         objective(network, x_0, None, LaneDraws(0, 0, 64, 64, 2, x_0.device)).loss.mean(), parameters
     )
-    halves = [
-        objective(network, x_0[i : i + 32], None, LaneDraws(0, i, 32, 64, 2, x_0.device)).loss.mean() for i in (0, 32)
-    ]
+    halves = [objective(network, x_0[i::2], None, LaneDraws(0, i, 32, 64, 2, x_0.device)).loss.mean() for i in (0, 1)]
     parts = [torch.autograd.grad(half, parameters) for half in halves]
     for a, b, c in zip(whole, *parts, strict=True):
         assert_close(a, (b + c) / 2, rtol=1e-3, atol=1e-4 * a.abs().max().item())

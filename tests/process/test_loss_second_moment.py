@@ -182,7 +182,6 @@ def run_with(world, micro_batches, order=None, state=None, steps=6, skip=0):
 
     order: in which the ranks' shares come out of the gathering.
     """
-    size = BATCH // (world * micro_batches)
     shared = {}
     ranks = []
     for rank in range(world):
@@ -205,8 +204,8 @@ def run_with(world, micro_batches, order=None, state=None, steps=6, skip=0):
         shared.clear()
         for rank, observing in enumerate(ranks):  # the last rank to gather has all the shares
             for piece in range(micro_batches):
-                at = (rank * micro_batches + piece) * size
-                part = slice(at, at + size)
+                at, pieces = rank * micro_batches + piece, world * micro_batches
+                part = slice(at, None, pieces)
                 weighted = (loss * importance)[part]
                 module = observing.run.module
                 module.last_terms = LossTerms(weighted, weighted, t[part], weighted, importance[part])

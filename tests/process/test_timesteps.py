@@ -41,7 +41,12 @@ def draws(first=0, count=BATCH, batch_size=BATCH, lanes=LANES, seed=0):
 def cut(step, pieces):
     """The draws of each of the processes that share one global batch."""
     size = BATCH // pieces
-    return [draws(step * BATCH + i * size, size) for i in range(pieces)]
+    return [draws(step * BATCH + i, size) for i in range(pieces)]
+
+
+def joined(parts):
+    """Values of the pieces in the order of the batch, where they take turns."""
+    return torch.stack(parts, 1).flatten(0, 1)
 
 
 class Edge:
@@ -78,8 +83,8 @@ def unlike():
 def test_times_do_not_depend_on_who_draws_them(timesteps, pieces, step, schedule):
     whole, importance = timesteps(schedule, cut(step, 1)[0])
     parts = [timesteps(schedule, piece) for piece in cut(step, pieces)]
-    assert torch.equal(torch.cat([t for t, _ in parts]), whole)
-    assert torch.equal(torch.cat([i for _, i in parts]), importance)
+    assert torch.equal(joined([t for t, _ in parts]), whole)
+    assert torch.equal(joined([i for _, i in parts]), importance)
 
 
 @every_schedule
@@ -170,7 +175,7 @@ def test_density_that_lies_within_the_range_has_its_own_mean_and_spread():
 @every_cut
 @every_step
 def test_stratified_has_one_time_in_each_stratum_of_the_global_batch(pieces, step):
-    t = torch.cat([Stratified()(between(0.25, 0.75), piece)[0] for piece in cut(step, pieces)])
+    t = joined([Stratified()(between(0.25, 0.75), piece)[0] for piece in cut(step, pieces)])
     stratum = ((t.double() - 0.25) / 0.5 * BATCH).floor()
     assert torch.equal(stratum.sort().values, torch.arange(BATCH, dtype=torch.float64))
 
@@ -279,9 +284,9 @@ def test_spreads_without_sense_are_refused(kind, std):
 @every_step
 def test_draws_of_the_pieces_are_the_draws_of_the_whole(pieces, step):
     whole, parts = cut(step, 1)[0], cut(step, pieces)
-    assert torch.equal(torch.cat([p.place for p in parts]), torch.arange(BATCH))
-    assert torch.equal(torch.cat([p.uniform("a") for p in parts]), whole.uniform("a"))
-    assert torch.equal(torch.cat([p.normal("b", (2, 3)) for p in parts]), whole.normal("b", (2, 3)))
+    assert torch.equal(joined([p.place for p in parts]), torch.arange(BATCH))
+    assert torch.equal(joined([p.uniform("a") for p in parts]), whole.uniform("a"))
+    assert torch.equal(joined([p.normal("b", (2, 3)) for p in parts]), whole.normal("b", (2, 3)))
     assert {p.total for p in parts} == {BATCH}
 
 
@@ -292,7 +297,7 @@ def test_draws_are_the_same_again_and_differ_by_seed_stream_step_and_lane():
     assert all((u != other).all() for other in others)
 
 
-@pytest.mark.parametrize("wrong", [{"first": 4}, {"count": 12}, {"lanes": 5}], ids=str)
+@pytest.mark.parametrize("wrong", [{"first": 1}, {"count": 4}, {"count": 12}, {"lanes": 5}], ids=str)
 def test_draws_refuse_parts_of_a_lane(wrong):
-    with pytest.raises(ValueError, match="whole lanes"):
+    with pytest.raises(ValueError, match=r"whole lanes|no piece"):
         draws(**wrong)

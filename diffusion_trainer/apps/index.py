@@ -1,0 +1,92 @@
+"""diffusion-trainer index: counts, offsets and checksums of shards, next to them."""
+
+import glob
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from webdataset.shardlists import expand_urls
+
+from diffusion_trainer.apps import config as configuration
+from diffusion_trainer.apps.nodes import Schema
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.indexing import Report, index
+
+SAY_EVERY_SECONDS = 5
+
+
+class IndexConfig(Schema):
+    processes: int | None
+    again: bool
+    image_sizes: bool
+    keep_damaged: bool
+
+
+def show(arguments: Sequence[str]) -> str:
+    return configuration.dump(_load(arguments)[1])
+
+
+def _load(arguments: Sequence[str]) -> tuple[list[str], dict]:
+    """Shards, and the configuration."""
+    keys = tuple(f"{name}=" for name in IndexConfig.model_fields)
+    overrides = [a for a in arguments if a.startswith(keys)]
+    config = configuration.load("index", overrides, IndexConfig)
+    if config["processes"] is not None and config["processes"] < 1:
+        raise UserError(f"processes must be positive, not {config['processes']}")
+    return [a for a in arguments if a not in overrides], config
+
+
+def files(patterns: Sequence[str]) -> list[Path]:
+    """The tars that paths, globs and braces name; of a folder, all in it. UserError if one names none."""
+    if not patterns:
+        raise UserError("say which shards: diffusion-trainer index 'shards/train-*.tar'")
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        for name in expand_urls(pattern):
+            name = f"{name.rstrip('/')}/*.tar" if Path(name).is_dir() else name
+            matching = [Path(p) for p in sorted(glob.glob(name)) if Path(p).is_file()]
+            if not matching:
+                raise UserError(f"no file matches {name} (looked in {Path(name).absolute().parent})")
+            found |= dict.fromkeys(matching)
+    return list(found)
+
+
+def main(arguments: Sequence[str]) -> int:
+    patterns, config = _load(arguments)
+    paths = files(patterns)
+    begin = said = time.monotonic()
+
+    def progress(done: int, size: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SAY_EVERY_SECONDS:
+            said = now
+            print(f"  {done:,} shards, {size / 1e9:,.1f} GB, {size / 1e6 / (now - begin):,.0f} MB/s", flush=True)
+
+    processes = min(config["processes"] or os.cpu_count() or 1, len(paths))
+    try:
+        report = index(paths, processes, config["again"], config["keep_damaged"], config["image_sizes"], progress)
+    except OSError as error:
+        raise UserError(f"cannot index ({error}); what was done stands: run the same command again") from error
+    return _tell(report, config["keep_damaged"])
+
+
+def _tell(report: Report, kept: bool) -> int:
+    samples = sum(shard.samples for shard in report.shards)
+    size = sum(shard.size for shard in report.shards)
+    before = f", {report.known:,} of them indexed before" if report.known else ""
+    print(f"index: {len(report.shards):,} shards{before}, {samples:,} samples, {size / 1e9:,.3f} GB")
+    for extensions, count in report.fields.most_common():
+        print(f"  {count:>12,} samples with {', '.join('.' + e for e in extensions)}")
+    for path, why in sorted(report.damaged.items()):
+        print(f"  damaged: {path}: {why}", file=sys.stderr)
+    if report.damaged and not kept:
+        print(
+            f"error: {len(report.damaged)} damaged shards are not in the index; write or copy them again, or index "
+            "what is whole of them: keep_damaged=true",
+            file=sys.stderr,
+        )
+        return 2
+    return 0

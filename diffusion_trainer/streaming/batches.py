@@ -1,0 +1,86 @@
+"""From places to batches: the item is a step, so position, world size and workers are arithmetic."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset, get_worker_info
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.buckets import Bucketed
+from diffusion_trainer.streaming.damage import Damage, Found
+from diffusion_trainer.streaming.fields import Decoder, SampleDraws
+from diffusion_trainer.streaming.loader import Filled, Layout, Piece
+from diffusion_trainer.streaming.order import Mix
+from diffusion_trainer.streaming.ring import Ring
+from diffusion_trainer.streaming.samples import Samples
+
+MAX_ATTEMPTS = 64  # at a sample: so many damaged ones in a row are no accident
+
+
+class Reader:
+    """Reads and decodes the samples of numbers, replacing damaged ones."""
+
+    def __init__(
+        self, samples: Samples, decoder: Decoder, stream: Mix | Bucketed, first_shard: Sequence[int], seed: int
+    ):
+        self.samples, self.decoder, self.stream, self.seed = samples, decoder, stream, seed
+        self.first_shard = np.asarray(first_shard)  # of each source, in the list of all shards
+
+    def places(self, numbers: range) -> np.ndarray:
+        """(n, 2): shard and sample."""
+        places = self.stream(numbers)
+        return np.stack([self.first_shard[places.source] + places.shard, places.sample], 1)
+
+    def fill(self, numbers: range, arrays: Sequence[np.ndarray]) -> Filled:
+        """Decodes samples into the arrays, (n, *stored) for each array field."""
+        places, found, objects = self.places(numbers), [], self.decoder.no_objects()
+        for row, (number, (k, i)) in enumerate(zip(numbers, places.tolist(), strict=True)):
+            draws, attempt = SampleDraws(self.seed, number), 0
+            while True:
+                try:
+                    values = self.decoder(self.samples.read(k, i), arrays, row, draws)
+                    break
+                except Damage as damage:
+                    found.append(Found(damage.kind, self.samples.shards[k].url, i, str(damage)))
+                k, i = places[row] = self._instead(number, attempt, found)
+                attempt += 1
+            for name, value in values.items():
+                objects[name].append(value)
+        return Filled(objects, places, found)
+
+    def _instead(self, number: int, attempt: int, found: Sequence[Found]) -> tuple[int, int]:
+        if attempt == MAX_ATTEMPTS:
+            last = "\n".join(f"  {f.kind}: sample {f.sample} of {f.shard}: {f.message}" for f in found[-8:])
+            raise UserError(f"{MAX_ATTEMPTS} samples in a row are damaged; the last ones:\n{last}")
+        source, shard, sample = self.stream.instead(number, attempt)
+        return int(self.first_shard[source]) + shard, sample
+
+    def look_ahead(self, layout: Layout, item: int) -> None:
+        """Tells the store what an item some steps later will need."""
+        store = self.samples.store
+        if store.steps_ahead:
+            numbers = layout.numbers(item + store.steps_ahead * layout.micro_batches)
+            store.ahead([self.samples.span(k, i) for k, i in self.places(numbers).tolist()])
+
+
+@dataclass
+class Items(Dataset):
+    """What a worker does: item k into the next slot of its part of the ring."""
+
+    reader: Reader
+    layout: Layout
+    ring: Ring
+    count: int = 0  # items that this process has made
+
+    def __getitem__(self, item: int) -> Piece | str:
+        worker = get_worker_info()
+        slot = self.ring.slot(worker.id if worker else 0, self.count)
+        self.count += 1
+        try:
+            self.reader.look_ahead(self.layout, item)
+            numbers = self.layout.numbers(item)
+            bucket = self.reader.stream.bucket(numbers)
+            return Piece(slot, bucket, self.reader.fill(numbers, self.ring.arrays(slot, bucket)))
+        except UserError as error:
+            return str(error)  # as data: an exception would lose its message on the way from a worker

@@ -1,0 +1,96 @@
+"""The seam of fields: one entry of a batch, from one member of each sample."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from diffusion_trainer.conventions import seed_of
+from diffusion_trainer.streaming.damage import MissingField
+from diffusion_trainer.streaming.ring import Entry
+
+
+class SampleDraws(NamedTuple):
+    """Random numbers of augmentations: functions of (seed, sample number), whoever decodes the sample."""
+
+    seed: int
+    number: int  # of the sample in the endless stream
+
+    def uniform(self, stream: str) -> float:
+        """In [0, 1). The same stream gives the same number again."""
+        return seed_of(self.seed, "augmentation", self.number, stream) / 2**63
+
+
+class Field(ABC):
+    """How a member's bytes become an entry of the batch. Frozen dataclasses; none can run code from the data."""
+
+    @property
+    @abstractmethod
+    def extensions(self) -> tuple[str, ...]:
+        """Of the member that holds it, lower case, in order of preference."""
+
+    @property
+    @abstractmethod
+    def stored(self) -> tuple[int, ...] | None:
+        """Shape of one sample in the batch's buffer; None for a Python object (text), of which a batch has a list."""
+
+    def shaped(self, height: int, width: int) -> tuple[int, ...] | None:
+        """`stored` in batches of an aspect bucket; for a field that has no height and width, what it always is."""
+        return self.stored
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype | None:
+        """Of the buffer; None for a Python object."""
+
+    @abstractmethod
+    def decode(self, data: memoryview, out: np.ndarray | None, draws: SampleDraws) -> Any:
+        """Fills `out`, in the shape that `out` has (aspect buckets vary it), or returns the object. Raises Damage."""
+
+    def present(self, batch: Tensor) -> Tensor:
+        """(B, *stored) -> the batch's entry as the model takes it; a view."""
+        return batch
+
+
+class Decoder:
+    """Members of a sample -> its row of each array of a batch, and its objects."""
+
+    def __init__(self, fields: Mapping[str, Field]):
+        self.fields = fields
+        self._arrays = [field for field in fields.values() if field.stored is not None]
+        self._objects = {name: field for name, field in fields.items() if field.stored is None}
+
+    def entries(self, size: int, shape: Sequence[int] | None = None) -> list[Entry]:
+        """The arrays of a batch of `size` samples; shape: height and width of its aspect bucket."""
+        shapes = [field.shaped(*shape) if shape else field.stored for field in self._arrays]
+        return [Entry((size, *stored), np.dtype(f.dtype)) for stored, f in zip(shapes, self._arrays, strict=True)]
+
+    def no_objects(self) -> dict[str, list]:
+        return {name: [] for name in self._objects}
+
+    def __call__(
+        self, members: Mapping[str, memoryview], arrays: Sequence[np.ndarray], row: int, draws: SampleDraws
+    ) -> dict[str, Any]:
+        """Fills the row of each array; returns the objects. Damage if a field cannot be had."""
+        for field, array in zip(self._arrays, arrays, strict=True):
+            field.decode(_member(members, field), array[row, ...], draws)
+        return {name: field.decode(_member(members, field), None, draws) for name, field in self._objects.items()}
+
+    def batch(self, arrays: Sequence[Tensor], objects: Mapping[str, list]) -> dict[str, Any]:
+        """Entries in the order of the fields, as the model takes them."""
+        tensors = iter(arrays)
+        return {
+            name: objects[name] if field.stored is None else field.present(next(tensors))
+            for name, field in self.fields.items()
+        }
+
+
+def _member(members: Mapping[str, memoryview], field: Field) -> memoryview:
+    for extension in field.extensions:
+        if extension in members:
+            return members[extension]
+    raise MissingField(
+        f"it has no .{' or .'.join(field.extensions)}, only {', '.join('.' + e for e in sorted(members)) or 'nothing'}"
+    )

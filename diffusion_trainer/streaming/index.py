@@ -1,0 +1,168 @@
+"""The index of shards: how many samples each has, where they lie, and what their bytes sum to.
+
+Next to the tars stand `index.json` (wids' layout: one entry a shard), and for each shard X.tar
+
+    X.tar.idx    n + 1 byte offsets, little-endian uint64 (Megatron-Energon's layout): sample i is bytes [o_i, o_i+1)
+    X.tar.crc    n CRC-32 of these bytes, little-endian uint32
+    X.tar.size   where aspect buckets are wanted: n heights and widths of the images, little-endian uint32 (0: unknown)
+"""
+
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.damage import BadArchive, Damage, Truncated
+from diffusion_trainer.streaming.tar import BLOCK, key_and_extension, members, padded
+
+INDEX = "index.json"
+OFFSETS, CHECKSUMS, SIZES = ".idx", ".crc", ".size"
+KIND = {"__kind__": "wids-shard-index-v1", "wids_version": 1}
+PIECE = 1 << 22  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class Shard:
+    url: str  # or a local path
+    samples: int
+    size: int  # bytes of the tar
+    crc32: int  # of the whole tar
+
+
+class Scan(NamedTuple):
+    """What one pass over a tar finds."""
+
+    offsets: np.ndarray  # (n + 1,) uint64
+    checksums: np.ndarray  # (n,) uint32
+    size: int
+    crc32: int
+    fields: Mapping[tuple[str, ...], int]  # how many samples have these extensions
+    damage: Damage | None  # why it ended before the tar's end mark; the samples are those before
+
+    def shard(self, url: str) -> Shard:
+        return Shard(url, len(self.checksums), self.size, self.crc32)
+
+
+class _File:
+    """A file as `members` reads it: positional, so that a file cut meanwhile is an error and not a bus error."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor, self.size = descriptor, os.fstat(descriptor).st_size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, piece: slice) -> bytes:
+        return os.pread(self.descriptor, piece.stop - piece.start, piece.start)
+
+    def crc32(self, first: int, last: int) -> int:
+        value = 0
+        for at in range(first, last, PIECE):
+            value = zlib.crc32(self[at : min(at + PIECE, last)], value)
+        return value
+
+
+def scan(path: Path) -> Scan:
+    """Reads a tar once. What is damaged ends the samples and stands in `damage`; OSError as `open` raises it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        file = _File(descriptor)
+        offsets, fields, damage = _samples(file)
+        checksums = [file.crc32(a, b) for a, b in pairwise(offsets)]
+        return Scan(
+            np.array(offsets, "<u8"), np.array(checksums, "<u4"), len(file), file.crc32(0, len(file)), fields, damage
+        )
+    finally:
+        os.close(descriptor)
+
+
+def _samples(file: _File) -> tuple[list[int], Mapping, Damage | None]:
+    """Offsets of the whole samples and of the end of the last one, their extensions, and what ended them early."""
+    offsets: list[int] = []
+    fields: Counter[tuple[str, ...]] = Counter()
+    seen: set[str] = set()
+    key, extensions, end = None, [], 0
+    try:
+        for member in members(file, checked=True):
+            found = key_and_extension(member.name)
+            end = member.offset + padded(member.size)
+            if found is None:
+                continue
+            if found[0] == key:
+                if found[1] in extensions:
+                    raise BadArchive(f"{member.name} is in it twice")
+                extensions.append(found[1])
+                continue
+            if found[0] in seen:
+                raise BadArchive(f"the members of {found[0]} do not lie together; write it sorted (tar --sort=name)")
+            if key is not None:
+                fields[tuple(sorted(extensions))] += 1
+            key, extensions = found[0], [found[1]]
+            seen.add(key)
+            offsets.append(member.start)
+        _check_end(file, end)
+    except (BadArchive, Truncated) as damage:
+        return offsets or [0], fields, damage  # the sample that was being read may lack members: it is left out
+    if key is not None:
+        fields[tuple(sorted(extensions))] += 1
+    return [*offsets, end], fields, None
+
+
+def _check_end(file: _File, end: int) -> None:
+    """tarfile and webdataset take a tar cut at a member's border for a whole one, and skip what was joined to one."""
+    if len(file) < end + BLOCK:
+        raise Truncated("it has no end mark")
+    for at in range(end, len(file), PIECE):
+        if any(file[at : at + PIECE]):
+            raise BadArchive("there are bytes behind its last member (tars joined by cat?)")
+
+
+def write_sidecars(path: Path, found: Scan) -> None:
+    for suffix, numbers in ((OFFSETS, found.offsets), (CHECKSUMS, found.checksums)):
+        _replace(Path(f"{path}{suffix}"), numbers.tobytes())
+
+
+def write_sizes(path: Path, sizes: np.ndarray) -> None:
+    _replace(Path(f"{path}{SIZES}"), sizes.tobytes())
+
+
+def write_index(folder: Path, shards: Iterable[Shard]) -> None:
+    """Adds the shards (their urls are names in the folder) to its index.json, or replaces their entries."""
+    path = folder / INDEX
+    entries = {shard.url: shard for shard in (*(read_index(path) if path.exists() else ()), *shards)}
+    listed = [
+        {"url": s.url, "nsamples": s.samples, "filesize": s.size, "crc32": s.crc32}
+        for s in sorted(entries.values(), key=lambda s: s.url)
+    ]
+    lines = ",\n".join(json.dumps(entry) for entry in listed)
+    head = json.dumps(KIND)[:-1]
+    _replace(path, f'{head}, "shardlist": [\n{lines}\n]}}\n'.encode())
+
+
+def read_index(path: Path) -> list[Shard]:
+    return parse_index(path.read_bytes(), str(path))
+
+
+def parse_index(data: bytes, where: str) -> list[Shard]:
+    """The shards of an index.json, urls as they stand there; UserError if it is none."""
+    try:
+        listed = json.loads(data)["shardlist"]
+        return [Shard(e["url"], int(e["nsamples"]), int(e["filesize"]), int(e["crc32"])) for e in listed]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{where} is no index of shards ({type(error).__name__}: {error}); make it again: diffusion-trainer index"
+        ) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(data)
+    os.replace(part, path)

@@ -1,0 +1,128 @@
+"""How pieces of global batches come from workers to a rank."""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.damage import Found
+from diffusion_trainer.streaming.fields import Decoder
+from diffusion_trainer.streaming.ring import Ring
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a global batch is cut into pieces, one for each of `world` ranks and its `micro_batches`.
+
+    Piece c of P has the places c, c + P, c + 2 P, ... of the batch: whole lanes, if P divides the lanes.
+    """
+
+    batch_size: int  # images of the global batch
+    world: int = 1
+    rank: int = 0
+    micro_batches: int = 1
+
+    def __post_init__(self):
+        if self.batch_size % self.pieces:
+            raise UserError(
+                f"batch_size={self.batch_size} does not divide over {self.world} processes x {self.micro_batches} "
+                f"micro-batches (trainer.accumulate_grad_batches); use a multiple of {self.pieces}"
+            )
+
+    @property
+    def pieces(self) -> int:
+        return self.world * self.micro_batches
+
+    @property
+    def size(self) -> int:
+        """Samples of a piece."""
+        return self.batch_size // self.pieces
+
+    def numbers(self, item: int) -> range:
+        """Sample numbers of this rank's item: piece `item` % micro_batches of its share of global batch
+        `item` // micro_batches, which is samples [step * batch_size, (step + 1) * batch_size)."""
+        step, micro_batch = divmod(item, self.micro_batches)
+        first = step * self.batch_size
+        return range(first + self.rank * self.micro_batches + micro_batch, first + self.batch_size, self.pieces)
+
+
+class Filled(NamedTuple):
+    """What came with a piece's arrays."""
+
+    objects: Mapping[str, list]  # fields that are no arrays
+    samples: np.ndarray  # (n, 2) int64, shard (of all sources) and sample that were used
+    found: Sequence[Found]
+
+
+class Piece(NamedTuple):
+    """One item, as a worker hands it over: its arrays lie in a slot of the ring."""
+
+    slot: int
+    bucket: int
+    filled: Filled
+
+
+@dataclass
+class Loader:
+    """This rank's items, in order: batches on the CPU, in pinned memory where there is a GPU.
+
+    Each is {field: tensor or list, first: number of its first sample, samples: (B, 2) int64, the shards and samples in
+    them that were used, damage: a list of Found}. What stops the run comes as {error: its message} instead.
+    """
+
+    source: Callable[[Ring], Dataset]  # of pieces, or messages of what is wrong
+    decoder: Decoder
+    layout: Layout
+    items: range
+    workers: int
+    prefetch: int  # items that each worker may be ahead
+    shapes: Sequence[Sequence[int] | None] = (None,)  # height and width of each aspect bucket
+    indexed: bool = True  # the source is asked for items; else it is an iterable, and each worker has every W-th
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        slots = (self.workers, self.prefetch + 2) if self.workers else (1, 1)
+        ring = Ring(*slots, [self.decoder.entries(self.layout.size, shape) for shape in self.shapes])
+        loader = DataLoader(
+            self.source(ring),
+            batch_size=None,
+            sampler=self.items if self.indexed else None,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch if self.workers else None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_outlive_a_stop,
+            multiprocessing_context="fork" if self.workers else None,  # the ring is mapped in both
+        )
+        for item, piece in zip(self.items, loader, strict=False):
+            yield {"error": piece} if isinstance(piece, str) else self._batch(item, piece, ring)
+
+    def _batch(self, item: int, piece: Piece, ring: Ring) -> dict[str, Any]:
+        """Copies the piece out of the ring."""
+        objects, samples, found = piece.filled
+        batch = self.decoder.batch([_copy(array) for array in ring.arrays(piece.slot, piece.bucket)], objects)
+        first = self.layout.numbers(item).start
+        return batch | {"first": first, "samples": torch.from_numpy(samples), "damage": found}
+
+
+def _copy(array: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return torch.empty_like(tensor, pin_memory=torch.cuda.is_available()).copy_(tensor)
+
+
+def _as_it_is(piece: Piece | str) -> Piece | str:
+    return piece  # DataLoader's own would make tensors of the small arrays, each with a file of its own
+
+
+def _outlive_a_stop(worker: int) -> None:
+    # srun and terminals signal every process of a run, but the rank needs its workers until it has saved. A second
+    # SIGTERM (multiprocessing's, at exit) ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

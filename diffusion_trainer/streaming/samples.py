@@ -1,0 +1,64 @@
+"""Samples of shards at random: one read each, checked against the index, then cut into members."""
+
+import zlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from diffusion_trainer.streaming.damage import BadChecksum, TooLarge
+from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, Shard
+from diffusion_trainer.streaming.stores import Store, stale
+from diffusion_trainer.streaming.tar import Cutter, key_and_extension, members
+
+MAX_TABLES = 128  # shards whose offsets one process keeps
+
+
+class Samples:
+    """Reads sample i of shard k. The bytes it returns are valid until the next read."""
+
+    def __init__(self, shards: Sequence[Shard], store: Store, max_bytes: int):
+        self.shards, self.store, self.max_bytes = shards, store, max_bytes
+        self._tables: OrderedDict[int, tuple[array, array]] = OrderedDict()
+        self._cut = Cutter()
+        self._buffer = memoryview(bytearray(1 << 16))
+
+    def bytes_of(self, k: int, i: int) -> memoryview:
+        """All of the sample as it lies in the tar. Damage if it cannot be read or is not what was indexed."""
+        offsets, checksums = self._tables.get(k) or self._table(k)
+        first, size = offsets[i], offsets[i + 1] - offsets[i]
+        if size > self.max_bytes:
+            raise TooLarge(f"it has {size} bytes, more than data.max_sample_bytes={self.max_bytes}")
+        if size > len(self._buffer):
+            self._buffer = memoryview(bytearray(2 * size))
+        data = self._buffer[:size]
+        self.store.read(self.shards[k], first, data)
+        if zlib.crc32(data) != checksums[i]:
+            raise BadChecksum("its bytes are not those that were indexed")
+        return data
+
+    def read(self, k: int, i: int) -> dict[str, memoryview]:
+        """Extension -> bytes."""
+        return self._cut(self.bytes_of(k, i))
+
+    def key(self, k: int, i: int) -> str:
+        """The sample's name in its shard."""
+        named = (key_and_extension(member.name) for member in members(self.bytes_of(k, i)))
+        return next(name for name in named if name is not None)[0]
+
+    def span(self, k: int, i: int) -> tuple[Shard, int, int]:
+        """Shard, first and last byte."""
+        offsets, _ = self._tables.get(k) or self._table(k)
+        return self.shards[k], offsets[i], offsets[i + 1]
+
+    def _table(self, k: int) -> tuple[array, array]:
+        shard = self.shards[k]
+        offsets, checksums = array("Q"), array("I")
+        offsets.frombytes(self.store.sidecar(shard, OFFSETS))
+        checksums.frombytes(self.store.sidecar(shard, CHECKSUMS))
+        whole = len(offsets) == shard.samples + 1 and len(checksums) == shard.samples and offsets[-1] <= shard.size
+        if not whole:
+            raise stale(shard)
+        self._tables[k] = offsets, checksums
+        if len(self._tables) > MAX_TABLES:
+            self._tables.popitem(last=False)
+        return offsets, checksums

@@ -1,0 +1,125 @@
+"""Where the bytes of shards are."""
+
+import fnmatch
+import glob
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from webdataset.shardlists import expand_urls
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.damage import MissingShard, Truncated
+from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, read_index
+
+MAX_OPEN = 256  # files of one process
+
+
+class Store(ABC):
+    """Reads pieces of shards. Each process has its own (forked ones share open files, which positional reads allow)."""
+
+    steps_ahead: int = 0  # how early `ahead` wants to know
+
+    @abstractmethod
+    def read(self, shard: Shard, offset: int, into: memoryview) -> None:
+        """Fills `into` from byte `offset` on. Damage where the shard lacks these bytes; UserError where the storage
+        does not answer."""
+
+    @abstractmethod
+    def sidecar(self, shard: Shard, suffix: str) -> bytes:
+        """The index file beside the shard, `.idx` or `.crc`; UserError if there is none."""
+
+    @abstractmethod
+    def find(self, pattern: str) -> list[Shard]:
+        """The indexed shards that a path, glob (*) or brace pattern ({000..007}) names, in order; UserError if there is
+        none, or one without index. A shard of the index that is not there is damage, found when it is read."""
+
+    def ahead(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
+        """(shard, first byte, last byte) will be asked for soon; returns at once."""
+        return None
+
+
+@dataclass
+class LocalStore(Store):
+    """Shards on disks of this machine, or on a file system that it shares, read in place."""
+
+    _files: OrderedDict[str, int] = field(default_factory=OrderedDict, init=False, repr=False)
+
+    def read(self, shard: Shard, offset: int, into: memoryview) -> None:
+        descriptor = self._files.get(shard.url)
+        if descriptor is None:
+            descriptor = self._open(shard)
+        done = 0
+        while done < len(into):
+            count = os.preadv(descriptor, [into[done:]], offset + done)
+            if count == 0:
+                raise Truncated(f"it has {os.fstat(descriptor).st_size} bytes, its index says {shard.size}")
+            done += count
+
+    def _open(self, shard: Shard) -> int:
+        try:
+            descriptor = os.open(shard.url, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise MissingShard("there is no such file") from error
+        except OSError as error:
+            raise UserError(
+                f"shard {shard.url} cannot be opened ({error.strerror}): is the file system there?"
+            ) from error
+        if os.fstat(descriptor).st_size > shard.size:
+            os.close(descriptor)
+            raise stale(shard)
+        self._files[shard.url] = descriptor
+        if len(self._files) > MAX_OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        return descriptor
+
+    def find(self, pattern: str) -> list[Shard]:
+        if "://" in pattern or pattern.startswith("pipe:"):
+            raise UserError(f"shards: {pattern} is not a local path; choose where copies are kept: data/store=cached")
+        indexes: dict[Path, dict[str, Shard]] = {}
+        return [shard for name in expand_urls(pattern) for shard in _matching(name, indexes)]
+
+    def sidecar(self, shard: Shard, suffix: str) -> bytes:
+        try:
+            with open(f"{shard.url}{suffix}", "rb") as file:
+                return file.read()
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{shard.url}{suffix} is missing; make it: diffusion-trainer index '{shard.url}' again=true"
+                + (" image_sizes=true" if suffix == SIZES else "")
+            ) from error
+
+
+def _matching(name: str, indexes: dict[Path, dict[str, Shard]]) -> list[Shard]:
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"shards: {name} is a folder; name its files: {name.rstrip('/')}/*.tar")
+    found: list[Shard] = []
+    for folder in sorted(Path(f) for f in glob.glob(str(path.parent))):
+        if folder not in indexes:
+            listed = read_index(folder / INDEX) if (folder / INDEX).is_file() else []
+            indexes[folder] = {shard.url: shard for shard in listed}
+        there = {
+            n for n in fnmatch.filter(os.listdir(folder), path.name) if not n.endswith((OFFSETS, CHECKSUMS, SIZES))
+        }
+        indexed = fnmatch.filter(indexes[folder], path.name)
+        if there - set(indexed):
+            new = folder / min(there - set(indexed))
+            raise UserError(f"shards: {new} has no index; make it: diffusion-trainer index '{name}'")
+        found += [replace(indexes[folder][n], url=str(folder / n)) for n in sorted(indexed)]
+    if not found:
+        raise UserError(
+            f"shards: no file matches {name} (looked in {path.absolute().parent}). "
+            "Write them first (for the digits: python data/digits.py) or say where they are: data.shards=..."
+        )
+    return found
+
+
+def stale(shard: Shard) -> UserError:
+    return UserError(
+        f"shard {shard.url} is not what its index describes: it was written again. Make the index anew "
+        f"(diffusion-trainer index '{shard.url}'); that changes the order of samples, so start a new run folder"
+    )

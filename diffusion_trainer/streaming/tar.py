@@ -1,0 +1,193 @@
+"""The members of a tar, from its bytes alone: POSIX ustar and pax, GNU long names, old-style headers.
+
+Python's tarfile reads files from their start; samples are read from the middle, and a hundred thousand times a second.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from diffusion_trainer.streaming.damage import BadArchive, Truncated
+
+BLOCK = 512
+MAX_KNOWN = 4096  # layouts of samples
+REGULAR = b"0\x007"  # type flags of files (0, old-style NUL, contiguous)
+_KEY = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+
+
+class Bytes(Protocol):
+    """What `members` reads: bytes, a memoryview, or a file that looks like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, piece: slice) -> bytes | memoryview: ...
+
+
+class Member(NamedTuple):
+    start: int  # of its first header (a long name comes before the header proper)
+    name: str
+    offset: int  # of its data
+    size: int
+
+
+def padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def key_and_extension(name: str) -> tuple[str, str] | None:
+    """The sample a member belongs to and its extension, lower case, from the base name's first dot on, as webdataset
+    splits them; None for members that belong to none (`.hidden`, `__meta__.json`, names without a dot)."""
+    found = _KEY.match(name)
+    if found is None or found[1].rpartition("/")[2].startswith("__"):
+        return None
+    return found[1], found[2].lower()
+
+
+def members(data: Bytes, checked: bool = False) -> Iterator[Member]:
+    """The regular files of a tar, or of a piece of one that starts at a header; ends with an empty block or the data.
+
+    checked: each header's checksum as well. Raises BadArchive for what is no header, Truncated for a member that
+    does not end within the data.
+    """
+    at, end, start, long = 0, len(data), 0, _Long()
+    while at + BLOCK <= end:
+        header = bytes(data[at : at + BLOCK])
+        if not header[0] and not any(header):
+            return
+        if checked:
+            _check(header, at)
+        size, kind = long.size if long.size is not None else _number(header[124:136], at), header[156:157]
+        offset, start = at + BLOCK, at if long.empty else start
+        at = offset + padded(size)
+        if offset + size > end:
+            raise Truncated(f"a member of {size} bytes at byte {offset} ends beyond byte {end}")
+        if kind in REGULAR:
+            yield Member(start, long.name if long.name is not None else _name(header), offset, size)
+            long = _Long()
+        elif kind in b"Lx":  # GNU's long name, or pax records, of the header that follows
+            long = long.read(kind, bytes(data[offset : offset + size]), offset)
+        elif kind not in b"gK":  # directories and links are no data; a link's long target (K) says nothing of it
+            long = _Long()
+
+
+class _Long(NamedTuple):
+    """What extended headers say of the next member."""
+
+    name: str | None = None
+    size: int | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.name is None and self.size is None
+
+    def read(self, kind: bytes, body: bytes, at: int) -> "_Long":
+        if kind == b"L":
+            return self._replace(name=_text(body))
+        records = _pax(body, at)
+        return _Long(
+            _text(records[b"path"]) if b"path" in records else self.name,
+            _decimal(records[b"size"], at) if b"size" in records else self.size,
+        )
+
+
+def _pax(body: bytes, at: int) -> dict[bytes, bytes]:
+    """Records "<length> <key>=<value>\\n"; the length counts all of it, so that values may hold newlines."""
+    records = {}
+    while body.strip(b"\0"):
+        length, _, _ = body.partition(b" ")
+        size = _decimal(length, at)
+        key, equals, value = body[len(length) + 1 : size - 1].partition(b"=")
+        if not equals or not len(length) < size <= len(body):
+            raise BadArchive(f"a pax header at byte {at} cannot be read")
+        records[key] = value
+        body = body[size:]
+    return records
+
+
+def _decimal(digits: bytes, at: int) -> int:
+    if not digits.isdigit():
+        raise BadArchive(f"a pax header at byte {at} has {digits[:20]!r} where a number should be")
+    return int(digits)
+
+
+def _number(field: bytes, at: int) -> int:
+    """Octal digits, or GNU's base 256 for large files."""
+    if field[0] & 0x80:
+        return int.from_bytes(field, "big") & ((1 << 95) - 1)
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError as error:
+        raise BadArchive(f"byte {at} is no tar header") from error
+
+
+def _check(header: bytes, at: int) -> None:
+    if _number(header[148:156], at) != sum(header) - sum(header[148:156]) + 8 * 32:
+        raise BadArchive(f"the tar header at byte {at} has a wrong checksum")
+
+
+def _text(name: bytes) -> str:
+    return name.rstrip(b"\0").decode(errors="replace")
+
+
+def _name(header: bytes) -> str:
+    name = _text(header[:100].partition(b"\0")[0])
+    if header[257:263] == b"ustar\0" and header[345]:  # POSIX splits names of over 100 bytes
+        return f"{_text(header[345:500].partition(bytes(1))[0])}/{name}"
+    return name
+
+
+class _Expected(NamedTuple):
+    """A member as it lay in an earlier sample: what its header must say again for it to lie there."""
+
+    header: int
+    tail: slice  # of the name, in the data
+    ending: bytes  # dot, extension, NUL
+    size: bytes  # the header's field
+    extension: str
+    data: slice
+
+
+class Cutter:
+    """Cuts samples into members, and remembers how: samples of latents differ in nothing but their data."""
+
+    def __init__(self):
+        self._known: dict[int, list[_Expected]] = {}  # by the size of the sample
+
+    def __call__(self, data: memoryview) -> dict[str, memoryview]:
+        """Extension -> bytes of the members of one sample."""
+        known = self._known.get(len(data))
+        if known is not None and all(_lies(member, data) for member in known):
+            return {member.extension: data[member.data] for member in known}
+        found, plain = [], True
+        for member in members(data):
+            named = key_and_extension(member.name)
+            plain = plain and named is not None and _is_plain(member, data)
+            if named is not None:
+                found.append((named[1], member))
+        if plain and len(self._known) < MAX_KNOWN:
+            self._known[len(data)] = [_expected(extension, member, data) for extension, member in found]
+        return {extension: data[m.offset : m.offset + m.size] for extension, m in found}
+
+
+def _is_plain(member: Member, data: memoryview) -> bool:
+    """Its name is all in its header."""
+    name = member.name.encode()
+    return member.name.isascii() and data[member.start : member.start + len(name) + 1] == name + bytes(1)
+
+
+def _expected(extension: str, member: Member, data: memoryview) -> _Expected:
+    header = member.start
+    end = header + len(member.name.encode())
+    tail = slice(end - len(extension) - 1, end + 1)
+    size = bytes(data[header + 124 : header + 136])
+    return _Expected(
+        header, tail, bytes(data[tail]), size, extension, slice(member.offset, member.offset + member.size)
+    )
+
+
+def _lies(member: _Expected, data: memoryview) -> bool:
+    header = member.header
+    if data[member.tail] != member.ending or data[header + 124 : header + 136] != member.size:
+        return False
+    name = bytes(data[header : member.tail.start]).rpartition(b"/")[2]
+    return data[header + 156] == REGULAR[0] and b"." not in name and name[:2] != b"__" and name.isascii()
