@@ -13,14 +13,23 @@ from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import Schema
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.indexing import Report, index
+from diffusion_trainer.streaming.remote import Gone, Remote
+from diffusion_trainer.streaming.retries import Retries
+from diffusion_trainer.streaming.sites import RemoteSite, Site
+from diffusion_trainer.streaming.urls import is_pipe, is_url
 
 SAY_EVERY_SECONDS = 5
+ASK = "say which shards: diffusion-trainer index 'shards/train-*.tar'"
 
 
 class IndexConfig(Schema):
     processes: int | None
     again: bool
     image_sizes: bool
+    out: str | None
+    timeout_seconds: float
+    retries: int
+    storage_options: dict
     keep_damaged: bool
 
 
@@ -41,7 +50,7 @@ def _load(arguments: Sequence[str]) -> tuple[list[str], dict]:
 def files(patterns: Sequence[str]) -> list[Path]:
     """The tars that paths, globs and braces name; of a folder, all in it. UserError if one names none."""
     if not patterns:
-        raise UserError("say which shards: diffusion-trainer index 'shards/train-*.tar'")
+        raise UserError(ASK)
     found: dict[Path, None] = {}
     for pattern in patterns:
         for name in expand_urls(pattern):
@@ -53,9 +62,31 @@ def files(patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def sites(patterns: Sequence[str], config: dict) -> list[Path | Site]:
+    """The shards that paths, URLs, globs and braces name; UserError if one names none."""
+    remote = Remote(config["timeout_seconds"], config["storage_options"])
+    retries = Retries(config["retries"], 0.5)
+    out = Path(config["out"]) if config["out"] else None
+    found: list[Path | Site] = []
+    for pattern in patterns:
+        if not is_url(pattern):
+            found += files([pattern])
+            continue
+        if is_pipe(pattern):
+            raise UserError(f"{pattern}: the output of a command has no place for an index; give a path or a URL")
+        for url in expand_urls(pattern):
+            urls = remote.glob(url) if "*" in url else [url]
+            found += [RemoteSite(each, remote, retries, out) for each in urls]
+            if not urls:
+                raise UserError(f"no object matches {url}")
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     patterns, config = _load(arguments)
-    paths = files(patterns)
+    if not patterns:
+        raise UserError(ASK)
+    paths = sites(patterns, config)
     begin = said = time.monotonic()
 
     def progress(done: int, size: int) -> None:
@@ -68,6 +99,8 @@ def main(arguments: Sequence[str]) -> int:
     processes = min(config["processes"] or os.cpu_count() or 1, len(paths))
     try:
         report = index(paths, processes, config["again"], config["keep_damaged"], config["image_sizes"], progress)
+    except Gone as error:
+        raise UserError(f"there is no such shard ({error}); what was done stands") from error
     except OSError as error:
         raise UserError(f"cannot index ({error}); what was done stands: run the same command again") from error
     return _tell(report, config["keep_damaged"])

@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadArchive, Damage, Truncated
-from diffusion_trainer.streaming.tar import BLOCK, key_and_extension, members, padded
+from diffusion_trainer.streaming.tar import BLOCK, entries, key_and_extension
 
 INDEX = "index.json"
 OFFSETS, CHECKSUMS, SIZES = ".idx", ".crc", ".size"
@@ -47,6 +47,10 @@ class Scan(NamedTuple):
     fields: Mapping[tuple[str, ...], int]  # how many samples have these extensions
     damage: Damage | None  # why it ended before the tar's end mark; the samples are those before
 
+    def sidecars(self) -> dict[str, bytes]:
+        """Of the files beside the tar, by their suffix."""
+        return {OFFSETS: self.offsets.tobytes(), CHECKSUMS: self.checksums.tobytes()}
+
     def shard(self, url: str) -> Shard:
         return Shard(url, len(self.checksums), self.size, self.crc32)
 
@@ -66,7 +70,10 @@ class _File:
     def crc32(self, first: int, last: int) -> int:
         value = 0
         for at in range(first, last, PIECE):
-            value = zlib.crc32(self[at : min(at + PIECE, last)], value)
+            piece = self[at : min(at + PIECE, last)]
+            if len(piece) < min(PIECE, last - at):
+                raise Truncated(f"it became shorter than {last} bytes while it was read")
+            value = zlib.crc32(piece, value)
         return value
 
 
@@ -76,10 +83,12 @@ def scan(path: Path) -> Scan:
     try:
         file = _File(descriptor)
         offsets, fields, damage = _samples(file)
-        checksums = [file.crc32(a, b) for a, b in pairwise(offsets)]
-        return Scan(
-            np.array(offsets, "<u8"), np.array(checksums, "<u4"), len(file), file.crc32(0, len(file)), fields, damage
-        )
+        try:
+            checksums = [file.crc32(a, b) for a, b in pairwise(offsets)]
+            whole = file.crc32(0, len(file))
+        except Truncated as shrunk:
+            offsets, checksums, whole, fields, damage = [0], [], 0, {}, shrunk
+        return Scan(np.array(offsets, "<u8"), np.array(checksums, "<u4"), len(file), whole, fields, damage)
     finally:
         os.close(descriptor)
 
@@ -91,14 +100,14 @@ def _samples(file: _File) -> tuple[list[int], Mapping, Damage | None]:
     seen: set[str] = set()
     key, extensions, end = None, [], 0
     try:
-        for member in members(file, checked=True):
-            found = key_and_extension(member.name)
-            end = member.offset + padded(member.size)
+        for entry, regular in entries(file, checked=True):
+            found = key_and_extension(entry.name) if regular else None
+            end = entry.end
             if found is None:
                 continue
             if found[0] == key:
                 if found[1] in extensions:
-                    raise BadArchive(f"{member.name} is in it twice")
+                    raise BadArchive(f"{entry.name} is in it twice")
                 extensions.append(found[1])
                 continue
             if found[0] in seen:
@@ -107,7 +116,7 @@ def _samples(file: _File) -> tuple[list[int], Mapping, Damage | None]:
                 fields[tuple(sorted(extensions))] += 1
             key, extensions = found[0], [found[1]]
             seen.add(key)
-            offsets.append(member.start)
+            offsets.append(entry.start)
         _check_end(file, end)
     except (BadArchive, Truncated) as damage:
         return offsets or [0], fields, damage  # the sample that was being read may lack members: it is left out
@@ -126,25 +135,25 @@ def _check_end(file: _File, end: int) -> None:
 
 
 def write_sidecars(path: Path, found: Scan) -> None:
-    for suffix, numbers in ((OFFSETS, found.offsets), (CHECKSUMS, found.checksums)):
-        _replace(Path(f"{path}{suffix}"), numbers.tobytes())
-
-
-def write_sizes(path: Path, sizes: np.ndarray) -> None:
-    _replace(Path(f"{path}{SIZES}"), sizes.tobytes())
+    for suffix, data in found.sidecars().items():
+        replace_file(Path(f"{path}{suffix}"), data)
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> None:
     """Adds the shards (their urls are names in the folder) to its index.json, or replaces their entries."""
     path = folder / INDEX
-    entries = {shard.url: shard for shard in (*(read_index(path) if path.exists() else ()), *shards)}
-    listed = [
-        {"url": s.url, "nsamples": s.samples, "filesize": s.size, "crc32": s.crc32}
-        for s in sorted(entries.values(), key=lambda s: s.url)
-    ]
-    lines = ",\n".join(json.dumps(entry) for entry in listed)
-    head = json.dumps(KIND)[:-1]
-    _replace(path, f'{head}, "shardlist": [\n{lines}\n]}}\n'.encode())
+    replace_file(path, merged(path.read_bytes() if path.exists() else None, shards, str(path)))
+
+
+def merged(listed: bytes | None, shards: Iterable[Shard], where: str, without: Container[str] = ()) -> bytes:
+    """An index.json with the shards added, or their entries replaced, and `without` some names."""
+    known = parse_index(listed, where) if listed is not None else ()
+    every = {shard.url: shard for shard in (*known, *shards) if shard.url not in without}
+    lines = ",\n".join(
+        json.dumps({"url": s.url, "nsamples": s.samples, "filesize": s.size, "crc32": s.crc32})
+        for s in sorted(every.values(), key=lambda s: s.url)
+    )
+    return f'{json.dumps(KIND)[:-1]}, "shardlist": [\n{lines}\n]}}\n'.encode()
 
 
 def read_index(path: Path) -> list[Shard]:
@@ -162,7 +171,8 @@ def parse_index(data: bytes, where: str) -> list[Shard]:
         ) from error
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Whole, or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_bytes(data)
     os.replace(part, path)

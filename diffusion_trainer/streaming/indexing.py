@@ -1,4 +1,4 @@
-"""Makes the index of shards on disks, in parallel."""
+"""Makes the index of shards, in parallel."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,19 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_trainer.streaming.decoding import IMAGES, image_size
-from diffusion_trainer.streaming.index import (
-    CHECKSUMS,
-    INDEX,
-    OFFSETS,
-    SIZES,
-    Scan,
-    Shard,
-    read_index,
-    scan,
-    write_index,
-    write_sidecars,
-    write_sizes,
-)
+from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Scan, Shard, merged, parse_index, scan
+from diffusion_trainer.streaming.sites import LocalSite, Site
 from diffusion_trainer.streaming.tar import Cutter
 
 SAVE_EVERY = 1000  # shards: what an interruption may cost
@@ -36,45 +25,37 @@ class Report:
     shards: list[Shard] = field(default_factory=list)  # in the index now
     known: int = 0  # of them, that were in it before
     fields: Counter[tuple[str, ...]] = field(default_factory=Counter)  # extensions -> samples, of those scanned
-    damaged: dict[Path, str] = field(default_factory=dict)  # why, and how many samples are whole
+    damaged: dict[str, str] = field(default_factory=dict)  # why, and how many samples are whole
 
 
 def index(
-    paths: Sequence[Path],
+    places: Sequence[Path | Site],
     processes: int,
     again: bool = False,
     keep_damaged: bool = False,
     image_sizes: bool = False,
     progress: Callable[[int, int], None] = lambda shards, size: None,
 ) -> Report:
-    """Scans the shards that have no index (again: all of them) and writes it next to them.
+    """Scans the shards that have no index (again: all of them) and writes it beside them.
 
     A damaged shard is left out of the index; keep_damaged: its whole samples are in it. image_sizes: what buckets
     need, too. progress(shards, bytes so far).
     """
-    report = Report()
-    todo = []
-    for folder, here in _by_folder(paths).items():
-        listed = {s.url: s for s in read_index(folder / INDEX)} if (folder / INDEX).is_file() else {}
-        for path in here:
-            entry = listed.get(path.name)
-            if entry is None or again or not _is_indexed(path, entry, image_sizes):
-                todo.append(path)
-            else:
-                report.shards.append(entry)
-    report.known = len(report.shards)
-    found: list[tuple[Path, Shard]] = []
-    size = 0
+    sites = [LocalSite(place) if isinstance(place, Path) else place for place in places]
+    report, size = Report(), 0
+    todo = sites if again else _without_index(sites, image_sizes, report)
+    found: list[tuple[Site, Shard | None]] = []  # None: it is not to be in the index
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         try:
-            jobs = {pool.submit(_scan, path, keep_damaged, image_sizes): path for path in todo}
+            jobs = {pool.submit(_scan, site, keep_damaged, image_sizes): site for site in todo}
             for done, job in enumerate(as_completed(jobs), 1):
-                path, (shard, fields, damage) = jobs[job], job.result()
+                site, (shard, fields, damage) = jobs[job], job.result()
                 size += shard.size
                 if damage is not None:
-                    report.damaged[path] = f"{damage}; {shard.samples} whole samples before it"
-                if damage is None or keep_damaged:
-                    found.append((path, shard))
+                    report.damaged[str(site)] = f"{damage}; {shard.samples} whole samples before it"
+                kept = damage is None or keep_damaged
+                found.append((site, shard if kept else None))
+                if kept:
                     report.fields.update(fields)
                 if len(found) >= SAVE_EVERY:
                     _save(found, report)
@@ -85,33 +66,50 @@ def index(
     return report
 
 
-def _save(found: list[tuple[Path, Shard]], report: Report) -> None:
-    for folder, here in _by_folder([path for path, _ in found]).items():
-        write_index(folder, [shard for path, shard in found if path in set(here)])
-    report.shards += [shard for _, shard in found]
+def _without_index(sites: Sequence[Site], image_sizes: bool, report: Report) -> list[Site]:
+    """The others are in the report, as known."""
+    suffixes = (OFFSETS, CHECKSUMS, SIZES) if image_sizes else (OFFSETS, CHECKSUMS)
+    todo = []
+    for here in _by_folder(sites).values():
+        listed = here[0].beside(INDEX)
+        entries = {s.url: s for s in parse_index(listed, f"{here[0].folder}{INDEX}")} if listed is not None else {}
+        for site in here:
+            entry = entries.get(site.name)
+            if entry is None or not site.is_indexed(entry.size, suffixes):
+                todo.append(site)
+            else:
+                report.shards.append(entry)
+    report.known = len(report.shards)
+    return todo
+
+
+def _save(found: list[tuple[Site, Shard | None]], report: Report) -> None:
+    shards = {str(site): shard for site, shard in found}
+    for here in _by_folder([site for site, _ in found]).values():
+        first, gone = here[0], {site.name for site in here if shards[str(site)] is None}
+        kept = [shard for site in here if (shard := shards[str(site)]) is not None]
+        listed = first.beside(INDEX)
+        if kept or listed is not None:
+            first.put(INDEX, merged(listed, kept, f"{first.folder}{INDEX}", gone))
+        report.shards += kept
     found.clear()
 
 
-def _by_folder(paths: Sequence[Path]) -> dict[Path, list[Path]]:
-    folders: dict[Path, list[Path]] = {}
-    for path in paths:
-        folders.setdefault(path.parent, []).append(path)
+def _by_folder(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    folders: dict[str, list[Site]] = {}
+    for site in sites:
+        folders.setdefault(site.folder, []).append(site)
     return folders
 
 
-def _is_indexed(path: Path, entry: Shard, image_sizes: bool) -> bool:
-    suffixes = (OFFSETS, CHECKSUMS, SIZES) if image_sizes else (OFFSETS, CHECKSUMS)
-    beside = [Path(f"{path}{suffix}") for suffix in suffixes]
-    return path.stat().st_size == entry.size and all(sidecar.is_file() for sidecar in beside)
-
-
-def _scan(path: Path, keep_damaged: bool, image_sizes: bool) -> tuple[Shard, Counter, str | None]:
-    found: Scan = scan(path)
-    if found.damage is None or keep_damaged:
-        write_sidecars(path, found)
-        if image_sizes:
-            write_sizes(path, _sizes(path, found))
-    return found.shard(path.name), Counter(found.fields), str(found.damage) if found.damage else None
+def _scan(site: Site, keep_damaged: bool, image_sizes: bool) -> tuple[Shard, Counter, str | None]:
+    with site.local() as path:
+        found = scan(path)
+        if found.damage is None or keep_damaged:
+            sizes = {SIZES: _sizes(path, found).tobytes()} if image_sizes else {}
+            for suffix, data in (found.sidecars() | sizes).items():
+                site.put(f"{site.name}{suffix}", data)
+    return found.shard(site.name), Counter(found.fields), str(found.damage) if found.damage else None
 
 
 def _sizes(path: Path, found: Scan) -> np.ndarray:

@@ -10,6 +10,8 @@ import numpy as np
 
 from diffusion_trainer.conventions import UserError, seed_of
 
+NEAR, NEARBY = 4, 12  # attempts to replace a damaged sample by one of its window, and of its lane
+
 
 def permutation(n: int, *key: int | str) -> np.ndarray:
     """(n,) int64, a permutation of range(n) that depends on the key alone (no library's random stream).
@@ -56,7 +58,7 @@ class Order:
         at = 0
         while at < len(numbers):
             epoch = int(numbers[at]) // self.total
-            first = epoch * self.total + (lane - epoch * self.total) % self.lanes
+            first = self._first(lane, epoch)
             window = (int(numbers[at]) - first) // self.lanes // self.window
             begin = first + window * self.window * self.lanes
             stop = at + int(
@@ -67,6 +69,30 @@ class Order:
                 out[at:stop] = table[places]
             at = stop
         return shards, samples
+
+    def another(self, number: int, attempt: int) -> int:
+        """A number whose sample replaces a damaged one: a function of the number and of how many were damaged before.
+
+        First ones of its window, whose shards are being read anyway, then of its lane, then any: a whole shard may be
+        gone, or all that a lane has.
+        """
+        lane, epoch = number % self.lanes, number // self.total
+        drawn = seed_of(self.seed, self.source, "another", number, attempt)
+        if attempt >= NEAR + NEARBY:
+            return epoch * self.total + drawn % self.total
+        first, length = self._first(lane, epoch), self._cut(lane + 1, epoch) - self._cut(lane, epoch)
+        place = (number - first) // self.lanes
+        low, count = place // self.window * self.window, self.window
+        if attempt >= NEAR or min(count, length - low) < 2:
+            low, count = 0, length
+        count = min(count, length - low)
+        if count < 2:
+            return number + self.lanes * (1 + attempt % 2)  # the lane's next ones
+        return first + self.lanes * (low + (place - low + 1 + drawn % (count - 1)) % count)
+
+    def _first(self, lane: int, epoch: int) -> int:
+        """The lane's first number of the epoch."""
+        return epoch * self.total + (lane - epoch * self.total) % self.lanes
 
     @cached_property
     def _line(self) -> tuple[np.ndarray, np.ndarray]:
@@ -163,14 +189,11 @@ class Mix:
         return places
 
     def instead(self, number: int, attempt: int) -> tuple[int, int, int]:
-        """Source, shard and sample of another one for a damaged one, of its source and lane, and near by: its shard is
-        being read anyway. A function of the number and of how many were damaged before it."""
+        """Source, shard and sample of another one of its source for a damaged one, see `Order.another`."""
         lanes = self.orders[0].lanes
-        lane = number % lanes
-        source, element = self._numbers(lane, np.array([number]))
-        order = self.orders[int(source[0])]
-        away = 1 + seed_of(order.seed, "instead", number, attempt) % min(order.window, order.total)
-        return tuple(int(place[0]) for place in self._places(lane, source, element + away * lanes))
+        source, element = self._numbers(number % lanes, np.array([number]))
+        other = self.orders[int(source[0])].another(int(element[0]), attempt)
+        return tuple(int(place[0]) for place in self._places(other % lanes, source, np.array([other])))
 
     def _places(self, lane: int, source: np.ndarray, numbers: np.ndarray) -> Places:
         if len(self.orders) == 1:

@@ -53,10 +53,12 @@ class Samples:
     def _table(self, k: int) -> tuple[array, array]:
         shard = self.shards[k]
         offsets, checksums = array("Q"), array("I")
-        offsets.frombytes(self.store.sidecar(shard, OFFSETS))
-        checksums.frombytes(self.store.sidecar(shard, CHECKSUMS))
-        whole = len(offsets) == shard.samples + 1 and len(checksums) == shard.samples and offsets[-1] <= shard.size
-        if not whole:
+        for numbers, suffix, count in ((offsets, OFFSETS, shard.samples + 1), (checksums, CHECKSUMS, shard.samples)):
+            data = self.store.sidecar(shard, suffix)
+            if len(data) != count * numbers.itemsize:
+                raise stale(shard)
+            numbers.frombytes(data)
+        if offsets[-1] > shard.size:
             raise stale(shard)
         self._tables[k] = offsets, checksums
         if len(self._tables) > MAX_TABLES:

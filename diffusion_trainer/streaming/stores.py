@@ -54,7 +54,10 @@ class LocalStore(Store):
             descriptor = self._open(shard)
         done = 0
         while done < len(into):
-            count = os.preadv(descriptor, [into[done:]], offset + done)
+            try:
+                count = os.preadv(descriptor, [into[done:]], offset + done)
+            except OSError as error:
+                raise ill(shard.url, error) from error
             if count == 0:
                 raise Truncated(f"it has {os.fstat(descriptor).st_size} bytes, its index says {shard.size}")
             done += count
@@ -65,9 +68,7 @@ class LocalStore(Store):
         except FileNotFoundError as error:
             raise MissingShard("there is no such file") from error
         except OSError as error:
-            raise UserError(
-                f"shard {shard.url} cannot be opened ({error.strerror}): is the file system there?"
-            ) from error
+            raise ill(shard.url, error) from error
         if os.fstat(descriptor).st_size > shard.size:
             os.close(descriptor)
             raise stale(shard)
@@ -91,6 +92,8 @@ class LocalStore(Store):
                 f"{shard.url}{suffix} is missing; make it: diffusion-trainer index '{shard.url}' again=true"
                 + (" image_sizes=true" if suffix == SIZES else "")
             ) from error
+        except OSError as error:
+            raise ill(f"{shard.url}{suffix}", error) from error
 
 
 def _matching(name: str, indexes: dict[Path, dict[str, Shard]]) -> list[Shard]:
@@ -116,6 +119,13 @@ def _matching(name: str, indexes: dict[Path, dict[str, Shard]]) -> list[Shard]:
             "Write them first (for the digits: python data/digits.py) or say where they are: data.shards=..."
         )
     return found
+
+
+def ill(path: str, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({error.strerror}): is its file system there? "
+        "The checkpoint stands; start again to resume"
+    )
 
 
 def stale(shard: Shard) -> UserError:

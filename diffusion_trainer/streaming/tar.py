@@ -10,9 +10,14 @@ from typing import NamedTuple, Protocol
 from diffusion_trainer.streaming.damage import BadArchive, Truncated
 
 BLOCK = 512
+MAX_DIGITS = 19
 MAX_KNOWN = 4096  # layouts of samples
 REGULAR = b"0\x007"  # type flags of files (0, old-style NUL, contiguous)
-_KEY = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")
+NO_DATA = b"123456"  # links, devices, folders, pipes: whatever size they tell, nothing follows
+EXTENDED = b"Lx"  # GNU's long name, or pax records, of the header that follows
+COMMON = b"gK"  # pax records for all, a link's long target: they say nothing of one member's name
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+_META = re.compile(r"__[^/]*__(/|\Z)")  # webdataset's
 
 
 class Bytes(Protocol):
@@ -29,6 +34,10 @@ class Member(NamedTuple):
     offset: int  # of its data
     size: int
 
+    @property
+    def end(self) -> int:
+        return self.offset + padded(self.size)
+
 
 def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
@@ -37,56 +46,65 @@ def padded(size: int) -> int:
 def key_and_extension(name: str) -> tuple[str, str] | None:
     """The sample a member belongs to and its extension, lower case, from the base name's first dot on, as webdataset
     splits them; None for members that belong to none (`.hidden`, `__meta__.json`, names without a dot)."""
-    found = _KEY.match(name)
-    if found is None or found[1].rpartition("/")[2].startswith("__"):
+    found = _KEY.fullmatch(name)
+    if found is None or _META.match(name) or found[1].rpartition("/")[2].startswith("__"):
         return None
     return found[1], found[2].lower()
 
 
 def members(data: Bytes, checked: bool = False) -> Iterator[Member]:
-    """The regular files of a tar, or of a piece of one that starts at a header; ends with an empty block or the data.
+    """The regular files among the `entries`."""
+    return (member for member, regular in entries(data, checked) if regular)
 
-    checked: each header's checksum as well. Raises BadArchive for what is no header, Truncated for a member that
-    does not end within the data.
+
+def entries(data: Bytes, checked: bool = False) -> Iterator[tuple[Member, bool]]:
+    """All that has a header in a tar, or in a piece of one that starts at a header; an empty block or the data end it.
+
+    With each, whether it is a file (not a folder, a link, or a header of headers). Long names and sizes of extended
+    headers are those of the entry that follows. checked: the headers' checksums, too. Raises BadArchive for what is no
+    header, Truncated for an entry that does not end within the data.
     """
-    at, end, start, long = 0, len(data), 0, _Long()
+    at, end, long = 0, len(data), _Long()
     while at + BLOCK <= end:
         header = bytes(data[at : at + BLOCK])
+        if len(header) < BLOCK:
+            raise Truncated(f"it became shorter than {end} bytes while it was read")
         if not header[0] and not any(header):
             return
         if checked:
             _check(header, at)
-        size, kind = long.size if long.size is not None else _number(header[124:136], at), header[156:157]
-        offset, start = at + BLOCK, at if long.empty else start
-        at = offset + padded(size)
+        kind = header[156:157]
+        told = _number(header[124:136], at) if long.size is None else long.size
+        size, offset = 0 if kind in NO_DATA else told, at + BLOCK
         if offset + size > end:
             raise Truncated(f"a member of {size} bytes at byte {offset} ends beyond byte {end}")
-        if kind in REGULAR:
-            yield Member(start, long.name if long.name is not None else _name(header), offset, size)
-            long = _Long()
-        elif kind in b"Lx":  # GNU's long name, or pax records, of the header that follows
+        if kind in EXTENDED:
             long = long.read(kind, bytes(data[offset : offset + size]), offset)
-        elif kind not in b"gK":  # directories and links are no data; a link's long target (K) says nothing of it
-            long = _Long()
+            long = long._replace(start=at if long.start is None else long.start)
+            yield Member(at, "", offset, size), False
+        else:
+            start, name = at if long.start is None else long.start, _name(header) if long.name is None else long.name
+            folder = kind == b"\0" and name.endswith("/")  # as it was written before there were type flags
+            yield Member(start, name, offset, size), kind in REGULAR and not folder
+            if kind not in COMMON:
+                long = _Long()
+        at = offset + padded(size)
 
 
 class _Long(NamedTuple):
-    """What extended headers say of the next member."""
+    """What extended headers say of the next member, and where the first of them is."""
 
     name: str | None = None
     size: int | None = None
-
-    @property
-    def empty(self) -> bool:
-        return self.name is None and self.size is None
+    start: int | None = None
 
     def read(self, kind: bytes, body: bytes, at: int) -> "_Long":
         if kind == b"L":
             return self._replace(name=_text(body))
         records = _pax(body, at)
-        return _Long(
-            _text(records[b"path"]) if b"path" in records else self.name,
-            _decimal(records[b"size"], at) if b"size" in records else self.size,
+        return self._replace(
+            name=_text(records[b"path"]) if b"path" in records else self.name,
+            size=_decimal(records[b"size"], at) if b"size" in records else self.size,
         )
 
 
@@ -105,28 +123,31 @@ def _pax(body: bytes, at: int) -> dict[bytes, bytes]:
 
 
 def _decimal(digits: bytes, at: int) -> int:
-    if not digits.isdigit():
+    if not digits.isdigit() or len(digits) > MAX_DIGITS:
         raise BadArchive(f"a pax header at byte {at} has {digits[:20]!r} where a number should be")
     return int(digits)
 
 
 def _number(field: bytes, at: int) -> int:
     """Octal digits, or GNU's base 256 for large files."""
-    if field[0] & 0x80:
-        return int.from_bytes(field, "big") & ((1 << 95) - 1)
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError as error:
-        raise BadArchive(f"byte {at} is no tar header") from error
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.strip(b" \0")
+    if digits.strip(b"01234567"):
+        raise BadArchive(f"byte {at} is no tar header")
+    return int(digits or b"0", 8)
 
 
 def _check(header: bytes, at: int) -> None:
-    if _number(header[148:156], at) != sum(header) - sum(header[148:156]) + 8 * 32:
+    rest = header[:148] + header[156:]
+    unsigned = sum(rest) + 8 * 32
+    signed = unsigned - 256 * sum(byte > 127 for byte in rest)  # what some old programs summed
+    if _number(header[148:156], at) not in (unsigned, signed):
         raise BadArchive(f"the tar header at byte {at} has a wrong checksum")
 
 
 def _text(name: bytes) -> str:
-    return name.rstrip(b"\0").decode(errors="replace")
+    return name.rstrip(b"\0").decode(errors="backslashreplace")
 
 
 def _name(header: bytes) -> str:
@@ -159,8 +180,8 @@ class Cutter:
         if known is not None and all(_lies(member, data) for member in known):
             return {member.extension: data[member.data] for member in known}
         found, plain = [], True
-        for member in members(data):
-            named = key_and_extension(member.name)
+        for member, regular in entries(data):
+            named = key_and_extension(member.name) if regular else None
             plain = plain and named is not None and _is_plain(member, data)
             if named is not None:
                 found.append((named[1], member))
@@ -190,4 +211,4 @@ def _lies(member: _Expected, data: memoryview) -> bool:
     if data[member.tail] != member.ending or data[header + 124 : header + 136] != member.size:
         return False
     name = bytes(data[header : member.tail.start]).rpartition(b"/")[2]
-    return data[header + 156] == REGULAR[0] and b"." not in name and name[:2] != b"__" and name.isascii()
+    return data[header + 156] == REGULAR[0] and b"." not in name and name[:2] not in (b"", b"__") and name.isascii()

@@ -1,0 +1,160 @@
+"""Shards at URLs, through a cache on this node."""
+
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec.asyn
+from webdataset.shardlists import expand_urls
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.cache import Cache
+from diffusion_trainer.streaming.damage import Truncated
+from diffusion_trainer.streaming.fetching import Part
+from diffusion_trainer.streaming.files import Files
+from diffusion_trainer.streaming.files import pieces as pieces_of
+from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index
+from diffusion_trainer.streaming.remote import Gone, Remote, read
+from diffusion_trainer.streaming.retries import Retries
+from diffusion_trainer.streaming.stores import LocalStore, Store
+from diffusion_trainer.streaming.urls import Location, is_pipe, is_url, located
+
+
+@dataclass
+class CachedStore(Store):
+    """Shards at http(s)://, s3://, gs://, file:// or whatever else fsspec opens; paths without :// are read in place.
+
+    cache: a folder on a disk of the node (or /dev/shm), which its processes share; cache_bytes: its bound.
+    piece_bytes: null fetches whole shards; a number fetches the pieces of this size that samples are in.
+    retries: of a request that fails, with waits uniform in [0, backoff_seconds 2^k), at most a minute each.
+    timeout_seconds: a connection that sends nothing for so long has failed. storage_options: of fsspec's backend.
+    allow_pipe: pipe: URLs run shell commands. steps_ahead: batches that are fetched before they are read.
+    """
+
+    cache: str
+    cache_bytes: int
+    piece_bytes: int | None = None
+    retries: int = 10
+    backoff_seconds: float = 0.5
+    timeout_seconds: float = 60.0
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    allow_pipe: bool = False
+    steps_ahead: int = 16
+
+    def __post_init__(self):
+        if self.cache_bytes < 1 or self.steps_ahead < 0:
+            raise ValueError("cache_bytes must be positive, steps_ahead not negative")
+        if self.piece_bytes is not None and not 0 < self.piece_bytes <= self.cache_bytes:
+            raise ValueError(f"piece_bytes={self.piece_bytes} must be positive and at most cache_bytes, or null")
+        self._remote = Remote(self.timeout_seconds, self.storage_options, self.allow_pipe)
+        self._retries = Retries(self.retries, self.backoff_seconds)
+        self._local, self._opened = LocalStore(), None
+
+    def read(self, shard: Shard, offset: int, into: memoryview) -> None:
+        if not is_url(shard.url):
+            return self._local.read(shard, offset, into)
+        end, done = min(offset + len(into), shard.size), 0
+        for _, first, size in pieces_of(shard, offset, end, self.piece_bytes):
+            descriptor, at = self._files.descriptor(shard, first, size), offset + done - first
+            wanted = into[done : done + size - at]
+            while wanted:
+                count = os.preadv(descriptor, [wanted], at)
+                if count == 0:
+                    there = first + os.fstat(descriptor).st_size
+                    raise Truncated(f"it has {there} bytes, its index says {shard.size}")
+                wanted, at, done = wanted[count:], at + count, done + count
+        if done < len(into):
+            raise Truncated(f"its index says that it has {shard.size} bytes")
+
+    def sidecar(self, shard: Shard, suffix: str) -> bytes:
+        if not is_url(shard.url):
+            return self._local.sidecar(shard, suffix)
+        part = Part.sidecar(shard, suffix)
+        try:
+            return self._files.content(part)
+        except Gone as gone:
+            raise UserError(
+                f"{part.url} is missing; make it where the shards are, with diffusion-trainer index (again=true"
+                + (" image_sizes=true" if suffix == SIZES else "")
+                + "), and copy it there"
+            ) from gone
+
+    def find(self, pattern: str) -> list[Shard]:
+        if not is_url(pattern):
+            return self._local.find(pattern)
+        indexes: dict[str, dict[str, Shard]] = {}
+        found = [shard for url in expand_urls(pattern) for shard in self._matching(url, indexes)]
+        if self.piece_bytes is None:
+            largest = max(found, key=lambda shard: shard.size)
+            if largest.size > self.cache_bytes:
+                raise UserError(
+                    f"shard {largest.url} has {largest.size} bytes, more than data.store.cache_bytes="
+                    f"{self.cache_bytes}; give more, or fetch pieces of shards: data.store.piece_bytes=4194304"
+                )
+        return found
+
+    def _matching(self, url: str, indexes: dict[str, dict[str, Shard]]) -> list[Shard]:
+        """The index alone says which shards there are: http cannot list, and listing s3 takes minutes."""
+        self._check_pipe(url)
+        place, found = located(url), []
+        for folder in self._folders(place):
+            index = place._replace(folder=folder).beside(INDEX)
+            if index not in indexes:
+                indexes[index] = self._index(index)
+            listed = indexes[index]
+            names = fnmatch.filter(listed, place.name) if _is_glob(place.name) else [place.name]
+            found += [
+                replace(listed[n], url=place._replace(folder=folder).beside(n)) for n in sorted(names) if n in listed
+            ]
+        if not found:
+            raise UserError(f"shards: no index names {url}; make it where the shards are: diffusion-trainer index")
+        return found
+
+    def _check_pipe(self, url: str) -> None:
+        if is_pipe(url):
+            if not self.allow_pipe:
+                raise UserError(f"shards: {url} runs a shell command; set data.store.allow_pipe=true to have that")
+            if self.piece_bytes is not None or _is_glob(located(url).name):  # names of an index stay out of a shell
+                raise UserError(f"shards: {url}: of a command, name whole shards (piece_bytes=null), no *")
+
+    def _folders(self, place: Location) -> list[str]:
+        if place.before or not _is_glob(place.folder):
+            return [place.folder]
+        return [f"{found.rstrip('/')}/" for found in self._remote.glob(place.folder.rstrip("/"))]
+
+    def _index(self, url: str) -> dict[str, Shard]:
+        try:
+            listed = read(self._remote, self._retries, url, lambda data: parse_index(data, url))
+        except Gone as gone:
+            raise UserError(
+                f"shards: {url} is not there; make it where the shards are (diffusion-trainer index), and copy "
+                "index.json and the .idx and .crc files to them"
+            ) from gone
+        outside = [shard.url for shard in listed if "/" in shard.url]
+        if outside:
+            raise UserError(f"{url} names {outside[0]}, which is not beside it; an index holds the names of its folder")
+        return {shard.url: shard for shard in listed}
+
+    def ahead(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
+        self._files.ahead(
+            piece for span in pieces if is_url(span[0].url) for piece in pieces_of(*span, self.piece_bytes)
+        )
+
+    @property
+    def _files(self) -> Files:
+        """Of this process: a forked one shares nothing of it, but would share its locks and miss its threads."""
+        if self._opened is not None and self._opened.pid != os.getpid():
+            self._opened.close()
+            self._opened = None
+            fsspec.asyn.reset_lock()  # a thread of the parent may have held it
+        if self._opened is None:
+            cache = Cache(Path(self.cache).expanduser().absolute(), self.cache_bytes)
+            self._opened = Files(cache, self._remote, self._retries)
+        return self._opened
+
+
+def _is_glob(name: str) -> bool:
+    return any(letter in name for letter in "*?[")

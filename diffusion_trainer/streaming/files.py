@@ -1,0 +1,125 @@
+"""Parts of remote shards as open files of one process."""
+
+import os
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable
+from functools import cached_property, partial
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.ahead import Ahead
+from diffusion_trainer.streaming.cache import Cache, touch
+from diffusion_trainer.streaming.damage import MissingShard
+from diffusion_trainer.streaming.fetching import Part, fetch
+from diffusion_trainer.streaming.index import INDEX, Shard
+from diffusion_trainer.streaming.remote import Gone, Remote, read
+from diffusion_trainer.streaming.retries import Retries
+from diffusion_trainer.streaming.stores import MAX_OPEN
+from diffusion_trainer.streaming.urls import located
+
+TOUCH_SECONDS = 60.0  # what is in use is marked so, so often
+AHEAD_RETRIES = 2  # a part that the background cannot get soon is left to its reader, who waits for its lock
+THREADS = 4
+
+Piece = tuple[Shard, int, int]  # first byte, size
+
+
+class Files:
+    """What a process has open. For one thread; `ahead` has its own, which touch the cache alone."""
+
+    def __init__(self, cache: Cache, remote: Remote, retries: Retries):
+        self.pid = os.getpid()
+        self.cache, self.remote, self.retries = cache, remote, retries
+        self._open: OrderedDict[tuple[str, int], tuple[int, float]] = OrderedDict()  # descriptor, when it was marked
+        self._evicted: dict[tuple[str, int], float] = {}  # when
+        self._gone: set[str] = set()
+
+    def descriptor(self, shard: Shard, first: int, size: int) -> int:
+        """Of a file with the shard's bytes from `first` on; fewer than `size` if the shard ends before.
+
+        MissingShard if the store has none; UserError if it does not answer.
+        """
+        key = (shard.url, first)
+        descriptor, marked = self._open.get(key) or self._opened(key, (shard, first, size))
+        now = time.monotonic()
+        if now - marked > TOUCH_SECONDS:
+            touch(descriptor)
+            self._open[key] = descriptor, now
+        return descriptor
+
+    def content(self, part: Part) -> bytes:
+        """All of it; Gone if there is no such object."""
+        descriptor = self.cache.open(part.name, part.size, partial(fetch, self.remote, self.retries, part))
+        with open(descriptor, "rb") as file:
+            return file.read()
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+
+    @cached_property
+    def ahead(self) -> Ahead:
+        return Ahead(self._fetch_ahead, THREADS)
+
+    def _fetch_ahead(self, piece: Piece) -> None:
+        part, retries = _part(piece), Retries(AHEAD_RETRIES, self.retries.backoff_seconds)
+        descriptor = self.cache.open(part.name, part.size, partial(fetch, self.remote, retries, part), wait=False)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _opened(self, key: tuple[str, int], piece: Piece) -> tuple[int, float]:
+        shard, part = piece[0], _part(piece)
+        if shard.url in self._gone:
+            raise MissingShard("the store has no such object")
+        self._close_evicted()
+        self._warn_if_evicted(key)
+        try:
+            descriptor = self.cache.open(part.name, part.size, partial(fetch, self.remote, self.retries, part))
+        except Gone as gone:
+            self._check_store(shard.url)
+            self._gone.add(shard.url)
+            raise MissingShard("the store has no such object") from gone
+        self._open[key] = descriptor, time.monotonic()
+        if len(self._open) > MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1][0])
+        return self._open[key]
+
+    def _check_store(self, url: str) -> None:
+        """A shard is missing only from a store that still has the index beside it."""
+        index = located(url).beside(INDEX)
+        try:
+            read(self.remote, self.retries, index, len)
+        except Gone as gone:
+            raise UserError(
+                f"neither {url} nor the index beside it is there any more: is it the right store, and all of it up? "
+                "The checkpoint stands; start again to resume"
+            ) from gone
+
+    def _close_evicted(self) -> None:
+        """Their disk space is free only then."""
+        for key, (descriptor, _) in list(self._open.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(descriptor)
+                del self._open[key]
+                self._evicted[key] = time.monotonic()
+
+    def _warn_if_evicted(self, key: tuple[str, int]) -> None:
+        if time.monotonic() - self._evicted.pop(key, -TOUCH_SECONDS) < TOUCH_SECONDS:
+            warnings.warn(
+                f"the cache {self.cache.folder} is too small: {key[0]} is fetched again within a minute. "
+                f"Raise cache_bytes={self.cache.limit}, or fetch pieces (piece_bytes)",
+                stacklevel=2,
+            )
+
+
+def pieces(shard: Shard, first: int, last: int, piece_bytes: int | None) -> Iterable[Piece]:
+    """What is fetched for bytes [first, last) of a shard."""
+    size = piece_bytes or shard.size
+    for start in range(first - first % size, last, size):
+        yield shard, start, min(size, shard.size - start)
+
+
+def _part(piece: Piece) -> Part:
+    shard, first, size = piece
+    return Part(shard, size, None if size == shard.size else first)

@@ -1,0 +1,40 @@
+"""The output of shell commands, `pipe:` URLs, as webdataset opens them."""
+
+import select
+from collections.abc import Callable
+from typing import Any
+
+from webdataset.gopen import gopen_pipe
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.retries import Sick
+
+CHUNK = 1 << 16
+
+
+def run(url: str, write: Callable[[bytes], Any], timeout_seconds: float) -> None:
+    """Hands the command's output to `write`, piece by piece; Sick if it fails or is silent for so long."""
+    try:
+        pipe = gopen_pipe(url, bufsize=0)  # no buffer, which `select` could not see
+    except ValueError as error:  # WDS_SECURE is set
+        raise UserError(f"{url}: webdataset refuses it ({error})") from error
+    try:
+        _copy(pipe.stream, write, timeout_seconds)
+    except BaseException:
+        pipe.proc.kill()
+        raise
+    finally:
+        pipe.stream.close()
+        code = pipe.proc.wait()
+    if code:
+        raise Sick(f"the command failed with exit code {code}")
+
+
+def _copy(stream: Any, write: Callable[[bytes], Any], timeout_seconds: float) -> None:
+    data = b"-"
+    while data:
+        ready, _, _ = select.select([stream], [], [], timeout_seconds)
+        if not ready:
+            raise Sick(f"the command was silent for {timeout_seconds} s")
+        data = stream.read(CHUNK)
+        write(data)

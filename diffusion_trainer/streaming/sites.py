@@ -1,0 +1,137 @@
+"""Where a shard lies whose index is to be made: a disk, or a store that fsspec opens."""
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.index import replace_file
+from diffusion_trainer.streaming.remote import Gone, Remote, read
+from diffusion_trainer.streaming.retries import Retries
+from diffusion_trainer.streaming.urls import located
+
+MAX_SHARD = 1 << 40  # bytes that one may have
+
+
+class Site(ABC):
+    """One shard; its index files stand beside it."""
+
+    name: str
+    folder: str
+
+    @abstractmethod
+    def beside(self, name: str) -> bytes | None:
+        """A file in its folder; None if it is not there."""
+
+    @abstractmethod
+    def put(self, name: str, data: bytes) -> None:
+        """Writes one whole, or not at all."""
+
+    @abstractmethod
+    def size(self) -> int | None:
+        """Of the shard; None where nobody tells."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool: ...
+
+    @abstractmethod
+    def local(self) -> Iterator[Path]:
+        """A context in which the shard is a file of this machine."""
+
+    def is_indexed(self, size: int, suffixes: Sequence[str]) -> bool:
+        """Whether it has the size that the index says, and all files beside it."""
+        return self.size() in (size, None) and all(self.has(f"{self.name}{suffix}") for suffix in suffixes)
+
+    def __str__(self) -> str:
+        return f"{self.folder}{self.name}"
+
+
+@dataclass(frozen=True)
+class LocalSite(Site):
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def folder(self) -> str:
+        return f"{self.path.parent}/"
+
+    def beside(self, name: str) -> bytes | None:
+        path = self.path.with_name(name)
+        return path.read_bytes() if path.is_file() else None
+
+    def put(self, name: str, data: bytes) -> None:
+        replace_file(self.path.with_name(name), data)
+
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def has(self, name: str) -> bool:
+        return self.path.with_name(name).is_file()
+
+    @contextmanager
+    def local(self) -> Iterator[Path]:
+        yield self.path
+
+
+@dataclass(frozen=True)
+class RemoteSite(Site):
+    """out: a local folder for the index files, of a store that cannot be written to."""
+
+    url: str
+    remote: Remote
+    retries: Retries
+    out: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return located(self.url).name
+
+    @property
+    def folder(self) -> str:
+        return located(self.url).folder
+
+    def beside(self, name: str) -> bytes | None:
+        if self.out is not None:
+            return LocalSite(self.out / self.name).beside(name)
+        try:
+            return read(self.remote, self.retries, located(self.url).beside(name), bytes)
+        except Gone:
+            return None
+
+    def put(self, name: str, data: bytes) -> None:
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            return replace_file(self.out / name, data)
+        url = located(self.url).beside(name)
+        try:
+            with fsspec.open(url, "wb", **self.remote.storage_options) as file:
+                file.write(data)
+        except (OSError, NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"{url} cannot be written ({type(error).__name__}: {error}); write the index to a folder, out=..., and "
+                "train with data.store.index=... that folder, or copy its files to where the shards are"
+            ) from error
+
+    def size(self) -> int | None:
+        return self.retries(self.url, lambda: self.remote.size(self.url))
+
+    def has(self, name: str) -> bool:
+        if self.out is not None:
+            return (self.out / name).is_file()
+        url = located(self.url).beside(name)
+        return self.retries(url, lambda: self.remote.size(url)) is not None
+
+    @contextmanager
+    def local(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="index-") as folder:
+            path = Path(folder) / "shard.tar"
+            self.retries(self.url, lambda: self.remote.get(self.url, path, MAX_SHARD))
+            yield path

@@ -1,0 +1,106 @@
+"""The short cut through samples that look alike finds what reading every header finds, whatever it has seen before."""
+
+import io
+import tarfile
+from itertools import product
+
+import pytest
+from streaming.making import END, header, member, pax, python_tar, shard_bytes
+
+from diffusion_trainer.streaming.tar import Cutter, key_and_extension, members
+
+# All of one length, so that samples of one size differ in nothing but what their headers mean.
+IGNORED = ("k/.h.y", "k/__.y", "k/a/.y", "k/abcd", "k/ab/y", "k/a\0.y", "k/a\0/y", "k\0/b.y", "__/a.y")
+
+
+def extended(name: str, data: bytes) -> dict[str, bytes]:
+    """Members whose name or type does not stand in their header as it usually does."""
+    return {
+        "pax": pax({"path": name}) + member("k/ab.z", data),
+        "pax time": pax({"time": name}) + member("k/ab.z", data),
+        "gnu": member("././@LongLink", name.encode() + b"\0", b"L") + member("k/ab.z", data),
+        "prefix": member(name[2:].rjust(len(name), "/"), data, prefix=b"k"),
+        "old": member(name, data, b"\0"),
+        "size in other words": header(name.encode(), b"%10o \0" % len(data)) + member("", data)[512:],
+    }
+
+
+def units() -> dict[tuple, bytes]:
+    """What a sample may have besides its first member: another one, or what has a header and is none."""
+    found = {("nothing",): b""}
+    for data in (b"", b"1"):
+        found |= {("field", how, data): unit for how, unit in extended("k/ab.y", data).items()}
+        for name in ("k/ab.y", "k/ab.Y", "k/ab.z", "k/b.zy", *IGNORED):
+            found[name, "file", data] = member(name, data)
+    for name, kind in product(("k/ab.y", "k/abcd"), (b"2", b"5")):
+        found[name, kind] = member(name, kind=kind)
+    found["global"] = pax({"comment": "x"}, b"g") + member("k/abcd")
+    return found
+
+
+def valid(named: list[tuple[str, str]]) -> bool:
+    """Of one key, each extension once: all that an index takes for a sample."""
+    return len({key for key, _ in named}) == 1 and len(dict(map(reversed, named))) == len(named)
+
+
+def samples() -> dict[tuple, bytes]:
+    """As they lie between two offsets of an index."""
+    lasts = {"": b"", "k/ab.z": member("k/ab.z"), "k/abcd": member("k/abcd")}
+    found = {}
+    for (what, unit), (last, end) in product(units().items(), lasts.items()):
+        sample = member("k/ab.x") + unit + end
+        if valid([n for m in members(sample) if (n := key_and_extension(m.name))]):
+            found[what, last] = sample
+            found[what, last, "ba"] = sample.replace(b"k/ab", b"k/ba")  # the checksums stay
+    return found
+
+
+def truth(sample: bytes) -> dict[str, bytes]:
+    """By Python's tarfile."""
+    with tarfile.open(fileobj=io.BytesIO(sample + END)) as tar:
+        found = [(key_and_extension(m.name), tar.extractfile(m).read()) for m in tar.getmembers() if m.isreg()]
+    return {named[1]: data for named, data in found if named}
+
+
+ALL = samples()
+TRUTH = {what: truth(sample) for what, sample in ALL.items()}
+
+
+@pytest.mark.parametrize("size", sorted({len(sample) for sample in ALL.values()}))
+def test_no_sample_leads_astray_in_another_one_of_its_size(size):
+    alike = [what for what, sample in ALL.items() if len(sample) == size]
+    for first, second in product(alike, alike):
+        cut = Cutter()
+        cut(memoryview(ALL[first]))
+        for what in (second, first):
+            assert {e: bytes(data) for e, data in cut(memoryview(ALL[what])).items()} == TRUTH[what], (first, what)
+
+
+def test_a_folder_and_an_empty_member_in_its_place():
+    cut = Cutter()
+    assert list(cut(memoryview(member("a.x", b"1") + member("a", kind=b"5")))) == ["x"]
+    assert list(cut(memoryview(member("b.x", b"1") + member("b.y")))) == ["x", "y"]
+
+
+def test_a_hidden_member_where_another_sample_has_a_field():
+    cut = Cutter()
+    assert list(cut(memoryview(member("k/a1.x") + member("k/a1.y")))) == ["x", "y"]
+    assert list(cut(memoryview(member("k/a2.x") + member("k/a/.y")))) == ["x"]
+
+
+def test_it_does_take_the_short_cut():
+    """Else it would be slow without a word; data that look like headers do not lead it astray."""
+    first, second = (memoryview(shard_bytes([n])[: -len(END)]) for n in (1, 2))
+    cut = Cutter()
+    cut(first)
+    (known,) = cut._known.values()
+    assert [m.extension for m in known] == ["cls", "npy"]
+    broken = bytearray(second)
+    broken[148:156] = bytes(8)  # the checksum of a header, at which it does not look
+    assert {e: bytes(d) for e, d in cut(memoryview(broken)).items()} == truth(bytes(second))
+    inner = python_tar([("q.x", b"2"), ("q.y", b"3")])
+    assert (
+        list(cut(memoryview(member("a.tar", inner))))
+        == ["tar"]
+        == [m.name[2:] for m in members(member("b.tar", inner))]
+    )

@@ -1,0 +1,141 @@
+"""Indexing goes on where it was interrupted, and leaves damaged shards out."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from streaming.making import END, member, shard_bytes, write_set
+
+from diffusion_trainer.streaming import indexing
+from diffusion_trainer.streaming.index import read_index, scan
+from diffusion_trainer.streaming.indexing import index
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """In place of processes, which take seconds to start; tests/apps/test_index_command.py has real ones."""
+    monkeypatch.setattr(indexing, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+
+
+@pytest.fixture
+def tars(tmp_path) -> list[Path]:
+    """Five without an index."""
+    for k in range(5):
+        (tmp_path / f"x-{k}.tar").write_bytes(shard_bytes(range(10 * k, 10 * k + k)))
+    return sorted(tmp_path.glob("*.tar"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2000)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_files_are_those_that_writers_make(tars, tmp_path_factory, processes):
+    report = index(tars, processes)
+    folder = tars[0].parent
+    for path in tars:
+        found = scan(path)
+        assert Path(f"{path}.idx").read_bytes() == found.offsets.astype("<u8").tobytes()
+        assert Path(f"{path}.crc").read_bytes() == found.checksums.astype("<u4").tobytes()
+    assert read_index(folder / "index.json") == [scan(path).shard(path.name) for path in tars]
+    assert sorted(s.url for s in report.shards) == [p.name for p in tars]
+    assert report.fields == {("cls", "npy"): 10}
+    assert (report.known, report.damaged) == (0, {})
+    assert len(contents(folder)) == 16  # no parts are left
+
+
+def test_what_is_indexed_is_not_read_again_unless_asked(tars, monkeypatch):
+    index(tars[:3], 1)
+    before = contents(tars[0].parent)
+    read = []
+    monkeypatch.setattr(indexing, "scan", lambda path: read.append(path) or scan(path))
+    assert index(tars, 1).known == 3
+    assert read == tars[3:]
+    assert before.items() - contents(tars[0].parent).items() == {("index.json", before["index.json"])}
+    read.clear()
+    assert index(tars, 1, again=True).known == 0
+    assert sorted(read) == tars
+
+
+@pytest.mark.parametrize("mend", ["grow", "no sidecar"])
+def test_an_index_that_does_not_fit_is_made_again(tars, mend):
+    index(tars, 1)
+    tars[2].write_bytes(shard_bytes(range(7))) if mend == "grow" else Path(f"{tars[2]}.crc").unlink()
+    report = index(tars, 1)
+    assert report.known == 4
+    assert read_index(tars[0].parent / "index.json") == [scan(path).shard(path.name) for path in tars]
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_what_was_done_before_an_interruption_stands(tars, after):
+    def interrupt(done: int, size: int) -> None:
+        if done == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index(tars, 1, progress=interrupt)
+    assert len(read_index(tars[0].parent / "index.json")) >= after
+    report = index(tars, 1)
+    assert report.known >= after
+    assert read_index(tars[0].parent / "index.json") == [scan(path).shard(path.name) for path in tars]
+
+
+def test_a_damaged_shard_is_left_out_and_named_or_kept_for_its_whole_samples(tars):
+    cut(tars[4])
+    report = index(tars, 1)
+    assert list(report.damaged) == [str(tars[4])]
+    assert "3 whole samples" in report.damaged[str(tars[4])]
+    assert [s.url for s in read_index(tars[0].parent / "index.json")] == [p.name for p in tars[:4]]
+    assert not Path(f"{tars[4]}.idx").exists()
+    report = index(tars, 1, keep_damaged=True)
+    assert (list(report.damaged), report.known) == ([str(tars[4])], 4)
+    assert [s.samples for s in read_index(tars[0].parent / "index.json")] == [0, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_shard_that_was_damaged_since_it_was_indexed_is_taken_out(tars, again):
+    index(tars, 1)
+    cut(tars[4])
+    report = index(tars, 1, again=again)
+    assert list(report.damaged) == [str(tars[4])]
+    assert [s.url for s in read_index(tars[0].parent / "index.json")] == [p.name for p in tars[:4]]
+
+
+def test_shards_of_several_folders_have_an_index_each(tmp_path):
+    paths = [p for name in "ab" for p in write_set(tmp_path / name, [1, 2])]
+    for path in tmp_path.glob("*/index.json"):
+        path.unlink()
+    index(paths, 2)
+    assert [len(read_index(tmp_path / name / "index.json")) for name in "ab"] == [2, 2]
+
+
+def test_progress_counts_shards_and_bytes(tars):
+    said = []
+    index(tars, 1, progress=lambda *now: said.append(now))
+    assert [done for done, _ in said] == [1, 2, 3, 4, 5]
+    assert said[-1][1] == sum(p.stat().st_size for p in tars)
+
+
+def test_the_sizes_of_images_for_buckets(tmp_path):
+    def picture(format: str, size: tuple[int, int]) -> bytes:
+        out = BytesIO()
+        Image.new("RGB", size).save(out, format)
+        return out.getvalue()
+
+    data = member("a.jpg", picture("jpeg", (30, 20))) + member("b.PNG", picture("png", (5, 9)))
+    path = tmp_path / "x.tar"
+    path.write_bytes(data + member("c.png", b"no picture") + member("d.cls", b"1") + END)
+    index([path], 1, image_sizes=True)
+    sizes = np.frombuffer(Path(f"{path}.size").read_bytes(), "<u4").reshape(-1, 2)
+    assert sizes.tolist() == [[20, 30], [9, 5], [0, 0], [0, 0]]
+    Path(f"{path}.size").unlink()
+    assert index([path], 1).known == 1
+    assert index([path], 1, image_sizes=True).known == 0
