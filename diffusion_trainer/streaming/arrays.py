@@ -69,20 +69,17 @@ class Numbers(Field):
             array = self._as_configured(array, out)
         out[...] = array
         if self._limits is not None:
-            self._check_finite(array)
+            # argmax of integers takes a fifth of a microsecond; isfinite of 4096 float16 takes seven.
+            signed, unsigned, positive, negative = self._limits
+            a, b = array.view(signed), array.view(unsigned)
+            if a.item(a.argmax()) >= positive or b.item(b.argmax()) >= negative:
+                raise Undecodable("it holds numbers that are not finite (NaN or infinity)")
 
     def _as_configured(self, array: np.ndarray, out: np.ndarray) -> np.ndarray:
         if self.presented is not None and array.dtype in BFLOAT16 and array.shape == out.shape:
             return array.view(out.dtype)
         wanted = "bfloat16" if self.presented else out.dtype
         raise WrongShape(f"it is {array.dtype} {array.shape}, the configuration says {wanted} {out.shape}")
-
-    def _check_finite(self, array: np.ndarray) -> None:
-        # argmax of integers takes a fifth of a microsecond; isfinite of 4096 float16 takes seven.
-        signed, unsigned, positive, negative = self._limits
-        a, b = array.view(signed), array.view(unsigned)
-        if a.item(a.argmax()) >= positive or b.item(b.argmax()) >= negative:
-            raise Undecodable("it holds numbers that are not finite (NaN or infinity)")
 
     def present(self, batch: Tensor) -> Tensor:
         return batch if self.presented is None else batch.view(self.presented)

@@ -36,24 +36,25 @@ class Reader:
         """Decodes samples into the arrays, (n, *stored) for each array field."""
         places, found, objects = self.places(numbers), [], self.decoder.no_objects()
         for row, (number, (k, i)) in enumerate(zip(numbers, places.tolist(), strict=True)):
-            draws, attempt = SampleDraws(self.seed, number), 0
+            draws, bad = SampleDraws(self.seed, number), []
             while True:
                 try:
                     values = self.decoder(self.samples.read(k, i), arrays, row, draws)
                     break
                 except Damage as damage:
-                    found.append(Found(damage.kind, self.samples.shards[k].url, i, str(damage)))
-                k, i = places[row] = self._instead(number, attempt, found)
-                attempt += 1
+                    bad.append(Found(damage.kind, self.samples.shards[k].url, i, str(damage)))
+                k, i = places[row] = self._instead(number, bad)
+            found += bad[:1]  # those that were tried in its place will be counted when their own turn comes
             for name, value in values.items():
                 objects[name].append(value)
         return Filled(objects, places, found)
 
-    def _instead(self, number: int, attempt: int, found: Sequence[Found]) -> tuple[int, int]:
-        if attempt == MAX_ATTEMPTS:
-            last = "\n".join(f"  {f.kind}: sample {f.sample} of {f.shard}: {f.message}" for f in found[-8:])
+    def _instead(self, number: int, bad: Sequence[Found]) -> tuple[int, int]:
+        """Shard and sample of the next candidate, after those that were `bad`."""
+        if len(bad) > MAX_ATTEMPTS:
+            last = "\n".join(f"  {f.kind}: sample {f.sample} of {f.shard}: {f.message}" for f in bad[-8:])
             raise UserError(f"{MAX_ATTEMPTS} samples in a row are damaged; the last ones:\n{last}")
-        source, shard, sample = self.stream.instead(number, attempt)
+        source, shard, sample = self.stream.instead(number, len(bad) - 1)
         return int(self.first_shard[source]) + shard, sample
 
     def look_ahead(self, layout: Layout, item: int) -> None:

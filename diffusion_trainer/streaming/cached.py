@@ -16,7 +16,7 @@ from diffusion_trainer.streaming.damage import Truncated
 from diffusion_trainer.streaming.fetching import Part
 from diffusion_trainer.streaming.files import Files
 from diffusion_trainer.streaming.files import pieces as pieces_of
-from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index
+from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index, read_index
 from diffusion_trainer.streaming.remote import Gone, Remote, read
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.stores import LocalStore, Store
@@ -27,7 +27,8 @@ from diffusion_trainer.streaming.urls import Location, is_pipe, is_url, located
 class CachedStore(Store):
     """Shards at http(s)://, s3://, gs://, file:// or whatever else fsspec opens; paths without :// are read in place.
 
-    cache: a folder on a disk of the node (or /dev/shm), which its processes share; cache_bytes: its bound.
+    cache: a folder on a disk of the node (or /dev/shm), which its processes share; cache_bytes: its bound. index: a
+    folder that has the index files, if they do not lie beside the shards.
     piece_bytes: null fetches whole shards; a number fetches the pieces of this size that samples are in.
     retries: of a request that fails, with waits uniform in [0, backoff_seconds 2^k), at most a minute each.
     timeout_seconds: a connection that sends nothing for so long has failed. storage_options: of fsspec's backend.
@@ -36,6 +37,7 @@ class CachedStore(Store):
 
     cache: str
     cache_bytes: int
+    index: str | None = None
     piece_bytes: int | None = None
     retries: int = 10
     backoff_seconds: float = 0.5
@@ -72,6 +74,8 @@ class CachedStore(Store):
     def sidecar(self, shard: Shard, suffix: str) -> bytes:
         if not is_url(shard.url):
             return self._local.sidecar(shard, suffix)
+        if self.index is not None:
+            return self._local.sidecar(replace(shard, url=str(Path(self.index) / located(shard.url).name)), suffix)
         part = Part.sidecar(shard, suffix)
         try:
             return self._files.content(part)
@@ -126,17 +130,28 @@ class CachedStore(Store):
         return [f"{found.rstrip('/')}/" for found in self._remote.glob(place.folder.rstrip("/"))]
 
     def _index(self, url: str) -> dict[str, Shard]:
+        if self.index is not None:
+            return {shard.url: shard for shard in self._index_here(Path(self.index) / INDEX)}
         try:
             listed = read(self._remote, self._retries, url, lambda data: parse_index(data, url))
         except Gone as gone:
             raise UserError(
-                f"shards: {url} is not there; make it where the shards are (diffusion-trainer index), and copy "
-                "index.json and the .idx and .crc files to them"
+                f"shards: {url} is not there; make it (diffusion-trainer index), where the shards are, or in a folder "
+                "(out=...) for data.store.index"
             ) from gone
         outside = [shard.url for shard in listed if "/" in shard.url]
         if outside:
             raise UserError(f"{url} names {outside[0]}, which is not beside it; an index holds the names of its folder")
         return {shard.url: shard for shard in listed}
+
+    def _index_here(self, path: Path) -> list[Shard]:
+        try:
+            return read_index(path)
+        except OSError as error:
+            raise UserError(
+                f"data.store.index: {path} cannot be read ({error.strerror}); diffusion-trainer index <shards> out=... "
+                "writes it"
+            ) from error
 
     def ahead(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
         self._files.ahead(

@@ -59,6 +59,8 @@ class ShardData(Data):
     def __post_init__(self):
         if (self.shards is None) == (self.sources is None):
             raise ValueError("say either shards, or sources (several by name, with weights)")
+        if self.sources is not None and not any(self.sources.values()):
+            raise ValueError("sources names none that is not null")
         self.check_fields()
         if min(self.window, self.mixing_period, self.max_sample_bytes, self.prefetch) < 1 or self.num_workers < 0:
             raise ValueError(

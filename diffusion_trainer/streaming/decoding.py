@@ -87,6 +87,8 @@ class ByPillow(Picture):
     def pixels(self, channels, enough=1.0):
         try:
             with Pillow.open(io.BytesIO(self.data), formats=(self.format,)) as picture:
+                if picture.size != (self.width, self.height):  # a second header, after the one that was looked at
+                    raise undecodable("it has headers of two sizes", self.data)
                 picture.load()
                 picture.info.pop("transparency", None)  # alpha is dropped anyhow; Pillow would warn of it
                 if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
@@ -94,8 +96,8 @@ class ByPillow(Picture):
                 pixels = np.asarray(picture.convert(MODES[channels]))
         except Pillow.DecompressionBombError as error:
             raise TooLarge(str(error)) from error
-        # Pillow says SyntaxError for PNGs that break its rules, EOFError for frames that are not there.
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        # Pillow says ValueError of chunks that are too short or too long, SyntaxError of chunks in the midst of pixels.
+        except (OSError, ValueError, SyntaxError) as error:
             raise undecodable(f"it cannot be decoded as {self.format} ({error})", self.data) from error
         return pixels.reshape(self.height, self.width, channels), 1
 

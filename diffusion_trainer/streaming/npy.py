@@ -5,7 +5,6 @@ Damage is all that these functions raise for bad data; the libraries' own except
 
 import io
 import re
-import struct
 import zipfile
 import zlib
 from functools import lru_cache
@@ -70,8 +69,8 @@ def npz(data: memoryview, member: str, max_bytes: int) -> memoryview:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return memoryview(_inflated(archive, member, max_bytes))
-    # zipfile raises NotImplementedError for methods it lacks, RuntimeError for encryption.
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, struct.error) as error:
+    # zipfile raises ValueError for negative places, NotImplementedError for what it lacks, RuntimeError for encryption.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise undecodable(f"it is no npz ({error})", data) from error
     except (NotImplementedError, RuntimeError) as error:
         raise undecodable(f"its {member} cannot be read ({error})", data) from error

@@ -1,6 +1,6 @@
 """A plain webdataset pipeline, for shards that nobody can index."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -60,10 +60,19 @@ class WebDatasetPipeline(Data):
     def count(self) -> None:
         return None
 
-    def samples(self, seed: int, failed) -> Iterator[dict[str, bytes]]:
-        """Undecoded samples for ever; failed(exception) is told of shards that cannot be read."""
+    def samples(
+        self, seed: int, opened: Callable[[str], None], failed: Callable[[Exception], bool]
+    ) -> Iterator[dict[str, bytes]]:
+        """Undecoded samples for ever; opened(url) is told of each shard, failed(exception) of what cannot be read."""
+
+        def watched(urls: Iterable[dict]) -> Iterator[dict]:
+            for url in urls:
+                opened(url["url"])
+                yield url
+
         stages = [
             ResampledShards(self.urls, seed=seed, worker_seed=lambda: seed, deterministic=True),
+            watched,
             tarfile_to_samples(handler=failed),
             shuffle(self.shuffle_buffer, initial=min(100, self.shuffle_buffer), seed=seed),
         ]
@@ -87,6 +96,7 @@ class _Stream(IterableDataset):
         self.data, self.layout, self.items, self.ring = data, layout, items, ring
         self.seed = seed
         self._found: list[Found] = []
+        self._without = 0  # shards opened since the last sample
         self._samples: Iterator[dict[str, bytes]] | None = None
 
     def __iter__(self) -> Iterator[Piece | str]:
@@ -107,7 +117,8 @@ class _Stream(IterableDataset):
         objects = decoder.no_objects()
         if self._samples is None:
             # Other draws for every process, and after a restart other ones than before it.
-            self._samples = self.data.samples(seed_of(self.seed, "shards", numbers.start), self._failed)
+            seed = seed_of(self.seed, "shards", numbers.start)
+            self._samples = self.data.samples(seed, self._opened, self._failed)
         for row, number in enumerate(numbers):
             for name, value in self._decoded(decoder, arrays, row, SampleDraws(self.seed, number)).items():
                 objects[name].append(value)
@@ -117,6 +128,7 @@ class _Stream(IterableDataset):
     def _decoded(self, decoder: Decoder, arrays: Sequence[np.ndarray], row: int, draws: SampleDraws) -> dict[str, Any]:
         """The next sample that is whole."""
         for sample in self._samples:
+            self._without = 0
             members = {name: memoryview(value) for name, value in sample.items() if not name.startswith("__")}
             try:
                 return decoder(members, arrays, row, draws)
@@ -124,6 +136,11 @@ class _Stream(IterableDataset):
                 self._found.append(Found(damage.kind, sample["__url__"], NOWHERE, f"{sample['__key__']}: {damage}"))
                 self._give_up()
         raise UserError("data.shards: they hold no samples")
+
+    def _opened(self, url: str) -> None:
+        self._without += 1
+        if self._without > MAX_BAD:
+            raise UserError(f"data.shards: {MAX_BAD} shards in a row hold no samples, the last one is {url}")
 
     def _failed(self, error: Exception) -> bool:
         """webdataset's handler of a shard that it cannot open, or not read to its end: True goes on with the next."""

@@ -79,7 +79,9 @@ class LocalStore(Store):
 
     def find(self, pattern: str) -> list[Shard]:
         if "://" in pattern or pattern.startswith("pipe:"):
-            raise UserError(f"shards: {pattern} is not a local path; choose where copies are kept: data/store=cached")
+            raise UserError(
+                f"shards: {pattern} is not a local path; use data=remote data.store.cache=<a folder on this node>"
+            )
         indexes: dict[Path, dict[str, Shard]] = {}
         return [shard for name in expand_urls(pattern) for shard in _matching(name, indexes)]
 

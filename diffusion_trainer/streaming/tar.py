@@ -210,5 +210,8 @@ def _lies(member: _Expected, data: memoryview) -> bool:
     header = member.header
     if data[member.tail] != member.ending or data[header + 124 : header + 136] != member.size:
         return False
-    name = bytes(data[header : member.tail.start]).rpartition(b"/")[2]
-    return data[header + 156] == REGULAR[0] and b"." not in name and name[:2] not in (b"", b"__") and name.isascii()
+    path = bytes(data[header : member.tail.start])
+    name = path.rpartition(b"/")[2]
+    if data[header + 156] != REGULAR[0] or b"\0" in path or not path.isascii():
+        return False
+    return b"." not in name and name[:2] not in (b"", b"__") and path[:2] != b"__"

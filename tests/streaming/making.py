@@ -202,7 +202,7 @@ class Whole:
     labels: np.ndarray  # (steps, batch)
     rows: np.ndarray  # (steps, batch, width)
     samples: np.ndarray  # (steps, batch, 2)
-    found: list  # of damage, of each sample number in turn where a piece has one sample; sorted
+    found: list  # of damage, sorted
 
     def __eq__(self, other):
         arrays = ("labels", "rows", "samples")

@@ -229,7 +229,7 @@ def strange_pngs() -> dict[str, bytes]:
         "text of three million bytes": with_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 3_000_000)),
         "chunk too short": with_chunk(b"pHYs", b"a"),
         "chunk amid the pixels": inner,
-        "second header": with_chunk(b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)),
+        "second header": with_chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT - 9, 8, 2, 0, 0, 0)),
     }
 
 

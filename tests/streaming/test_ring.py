@@ -1,0 +1,173 @@
+"""Batches travel through shared memory: none is written over before it was taken, and a dead worker is an error."""
+
+import os
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import combinations, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from streaming.making import Number, Row, shard_data, theorem, write_set
+
+from diffusion_trainer.streaming import loader as loading
+from diffusion_trainer.streaming.fields import Field
+from diffusion_trainer.streaming.loader import Layout
+from diffusion_trainer.streaming.ring import Entry, Ring
+
+DTYPES = st.sampled_from([np.dtype(t) for t in ("u1", "<f2", "<f4", "<i8")])
+ENTRIES = st.lists(st.builds(Entry, st.lists(st.integers(1, 5), max_size=3).map(tuple), DTYPES), max_size=4)
+
+
+@theorem(60)
+@given(st.integers(1, 4), st.integers(1, 4), st.lists(ENTRIES, min_size=1, max_size=3))
+def test_no_two_arrays_share_a_byte_unless_they_are_kinds_of_one_slot(workers, depth, kinds):
+    ring = Ring(workers, depth, kinds)
+    slots = [ring.slot(worker, count) for worker in range(workers) for count in range(depth)]
+    assert sorted(slots) == list(range(workers * depth))
+    assert all(
+        ring.slot(worker, count + depth) == ring.slot(worker, count) for worker in range(workers) for count in (0, 5)
+    )
+    for kind, entries in enumerate(kinds):
+        arrays = [ring.arrays(slot, kind) for slot in slots]
+        for found in arrays:
+            assert [(a.shape, a.dtype) for a in found] == [(e.shape, e.dtype) for e in entries]
+            assert all(a.ctypes.data % 64 == 0 for a in found)
+        flat = [a for found in arrays for a in found]
+        assert not any(np.shares_memory(a, b) for a, b in combinations(flat, 2))
+        for value, array in enumerate(flat):
+            array[...] = value % 100
+        assert all((array == value % 100).all() for value, array in enumerate(flat))
+
+
+def test_a_child_writes_what_its_parent_reads():
+    ring = Ring(1, 2, [[Entry((3,), np.dtype("<i8"))]])
+    child = os.fork()
+    if not child:
+        ring.arrays(1)[0][:] = (7, 8, 9)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (ring.arrays(1)[0].tolist(), ring.arrays(0)[0].tolist()) == ([7, 8, 9], [0, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("set")
+    write_set(folder, [50, 30, 20])
+    return folder
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (1, 4), (2, 2), (3, 1)])
+def test_batches_survive_in_the_ring_while_workers_run_ahead(folder, monkeypatch, workers, prefetch):
+    """The reader is slow to copy, so that workers have done all that they may before it does; over five rounds."""
+    steps = 5 * workers * (prefetch + 2)
+    alone = list(shard_data(f"{folder}/*.tar").loader(Layout(4), 0, 4, 0, steps))
+    copy = loading._copy
+
+    def slow(array):
+        time.sleep(0.005)
+        return copy(array)
+
+    monkeypatch.setattr(loading, "_copy", slow)
+    data = shard_data(f"{folder}/*.tar", num_workers=workers, prefetch=prefetch)
+    for ours, theirs in zip(alone, data.loader(Layout(4), 0, 4, 0, steps), strict=True):
+        assert ours["label"].tolist() == theirs["label"].tolist()
+        assert ours["image"].tolist() == theirs["image"].tolist()
+
+
+def test_workers_stay_within_their_prefetch(folder, tmp_path):
+    """No more batches are being made than the ring has room for."""
+    made = tmp_path / "made"
+    made.touch()
+    fields = {"image": Row(), "label": Noting(str(made))}
+    data = shard_data(f"{folder}/*.tar", fields=fields, num_workers=1, prefetch=3)
+    batches = iter(data.loader(Layout(1), 0, 4, 0, 100))
+    for taken in range(1, 10):
+        next(batches)
+        time.sleep(0.05)
+        assert made.stat().st_size <= taken + 3
+
+
+@dataclass(frozen=True)
+class Noting(Number):
+    """Appends a byte to a file for each sample that is decoded."""
+
+    path: str = ""
+
+    def decode(self, data, out, draws):
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(b".")
+        super().decode(data, out, draws)
+
+
+def children() -> set[int]:
+    own = os.getpid()
+    return {int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_is_an_error_and_no_hang_and_leaves_nobody_behind(folder, workers):
+    before = children()
+    data = shard_data(f"{folder}/*.tar", num_workers=workers, prefetch=1)
+    batches = iter(data.loader(Layout(4), 0, 4, 0, 10**9))
+    next(batches)
+    started = children() - before
+    assert len(started) == workers
+    os.kill(min(started), signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="worker"):
+        deque(islice(batches, 1000), maxlen=0)
+    assert time.monotonic() - begin < 15
+    del batches
+    end = time.monotonic() + 15
+    while children() - before and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not children() - before
+
+
+def test_a_reader_that_leaves_early_leaves_no_workers(folder):
+    before = children()
+    batches = iter(shard_data(f"{folder}/*.tar", num_workers=2).loader(Layout(4), 0, 4, 0, 10**9))
+    next(batches)
+    assert len(children() - before) == 2
+    begin = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begin < 4  # workers are asked, not waited for in vain
+    assert not children() - before
+
+
+@dataclass(frozen=True)
+class Resident(Field):
+    """The memory of the process that decodes, in MB, now and then."""
+
+    extensions = ("cls",)
+    stored = None
+    dtype = None
+
+    def decode(self, data, out, draws):
+        return resident() if draws.number % 20_000 == 0 else 0
+
+
+def resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_worker_is_flat_over_a_million_samples(tmp_path):
+    """And of the process that takes the batches: windows, shards and their tables all come and go many times."""
+    write_set(tmp_path, [150] * 200)
+    fields = {"image": Number(), "memory": Resident()}
+    data = shard_data(f"{tmp_path}/*.tar", fields=fields, num_workers=1, window=500)
+    seen, own = {}, {}
+    for batch in data.loader(Layout(1000), 0, 4, 0, 1020):
+        seen |= {batch["first"] + k: m for k, m in enumerate(batch["memory"]) if m}
+        own[batch["first"]] = resident()
+    early, late = (
+        np.median([m for n, m in seen.items() if a <= n < b]) for a, b in ((80_000, 200_000), (900_000, 1_020_000))
+    )
+    assert late < early + 8
+    assert own[1_000_000] < own[100_000] + 8
