@@ -10,9 +10,10 @@ jpeg     256 x 256 pictures (quality 90) and a class, 8,192 samples, batch 128; 
 
 Every run is a process of its own with 0, 1 or 2 workers. After 8 batches it measures up to an epoch, no longer than
 --seconds: samples per second, and per second of CPU time of all its processes. In each round all have their turn, in
-another order; a ratio is that of the best numbers of workers of both in one round. A contender that is not installed is
-left out. "limit" is simplejpeg alone on pictures in memory, in 1 and 2 processes. "first" is the seconds from the call
-that opens the shards to the first batch, imports done. --memory 1000000: what our workers hold after so many samples.
+another order. A ratio is that of both in one round, each with its best number of workers, or (the third column, per CPU
+second) both with 2. A contender that is not installed is left out. "limit" is simplejpeg alone on pictures in memory,
+in 1 and 2 processes. "first" is the seconds from the call that opens the shards to the first batch, imports done.
+--memory 1000000: what our workers hold after so many samples.
 --profile: where the time of one of our processes goes.
 """
 
@@ -185,29 +186,34 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return tuple(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
 
 
-def ratios(results: Results, other: str, measure: str) -> list[float]:
-    """Ours over theirs, the best number of workers of each, in each round."""
-    best = {name: [max(x) for x in zip(*_of(results, name, measure), strict=True)] for name in (OURS, other)}
+def ratios(results: Results, other: str, measure: str, workers: Sequence[int] = WORKERS) -> list[float]:
+    """Ours over theirs in each round, of each the best of these numbers of workers."""
+    runs = {
+        name: [[r[measure] for r in results[name, w]] for w in workers if (name, w) in results]
+        for name in (OURS, other)
+    }
+    best = {name: [max(of_a_round) for of_a_round in zip(*found, strict=True)] for name, found in runs.items()}
     return [a / b for a, b in zip(best[OURS], best[other], strict=True)]
-
-
-def _of(results: Results, name: str, measure: str) -> list[list[float]]:
-    return [[r[measure] for r in runs] for (n, _), runs in sorted(results.items()) if n == name]
 
 
 def table(s: Set, results: Results) -> str:
     lines = ["| | workers | samples per CPU second | samples/s | first |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys(name for name, _ in sorted(results, key=lambda key: [*CONTENDERS, LIMIT].index(key[0]))):
-        for workers in sorted(w for n, w in results if n == name):
-            runs = results[name, workers]
-            cells = [_shown(spread([r[m] for r in runs]), "{:,.0f}") for m in MEASURES]
-            first = f"{spread([r['first_batch'] for r in runs])[1]:.2f}" if name != LIMIT else ""
-            lines.append(f"| {name} | {workers} | {cells[0]} | {cells[1]} | {first} |")
-    lines += ["", "| ours / | per CPU second | per second | aim |", "|---|---|---|---|"]
-    for other in dict.fromkeys(name for name, _ in results if name != OURS):
-        cells = [_shown(spread(ratios(results, other, m)), "{:.2f}") for m in MEASURES]
-        lines.append(f"| {other} | {cells[0]} | {cells[1]} | {AIMS[s.name].get(other, '')} |")
+    for name, workers in _in_order(results):
+        runs = results[name, workers]
+        cells = [_shown(spread([r[m] for r in runs]), "{:,.0f}") for m in MEASURES]
+        first = f"{spread([r['first_batch'] for r in runs])[1]:.2f}" if name != LIMIT else ""
+        lines.append(f"| {name} | {workers} | {cells[0]} | {cells[1]} | {first} |")
+    lines += ["", "| ours / | per second | per CPU second | with 2 workers | aim |", "|---|---|---|---|---|"]
+    for other in dict.fromkeys(name for name, _ in _in_order(results) if name != OURS):
+        found = [ratios(results, other, measure) for measure in ("per_second", "per_cpu_second")]
+        found.append(ratios(results, other, "per_cpu_second", WORKERS[-1:]))
+        cells = " | ".join(_shown(spread(values), "{:.2f}") for values in found)
+        lines.append(f"| {other} | {cells} | {AIMS[s.name].get(other, '')} |")
     return "\n".join(lines)
+
+
+def _in_order(results: Results) -> list[tuple[str, int]]:
+    return sorted(results, key=lambda run: ([*CONTENDERS, LIMIT].index(run[0]), run[1]))
 
 
 def _shown(spread: tuple[float, float, float], form: str) -> str:

@@ -16,7 +16,7 @@ from diffusion_trainer.apps import multirun
 from diffusion_trainer.apps.parts import TrainConfig, check_sampling
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "conf").rglob("*.yaml"))]
-VERBS = "train|sample|evaluate|variance|likelihood"
+VERBS = "train|sample|evaluate|variance|likelihood|inspect"
 COMMANDS = sorted({c for p in PAGES for c in re.findall(rf"diffusion-trainer ((?:{VERBS}) [^`\n&]+)", p.read_text())})
 
 
@@ -26,7 +26,8 @@ def runnable(command: str) -> bool:
 
 @pytest.fixture(scope="module")
 def measured(trained):
-    """The run with its variance statistics, which some commands read."""
+    """The run with its variance statistics, which some commands read, and shards in my/."""
+    (trained / "my").symlink_to(trained / "shards" / "digits")
     code, output = finish(command("variance", "checkpoint=runs/digits", "num_samples=20", "num_levels=10", cwd=trained))
     assert code == 0, output
     return trained

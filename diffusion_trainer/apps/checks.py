@@ -38,7 +38,7 @@ def check_data(config: Mapping[str, Any], data: ShardData) -> None:
 
 def check_evaluation(config: Mapping[str, Any], data: ShardData, evaluation: Evaluation) -> None:
     """The reference is like the data and the feature network takes it; UserError otherwise."""
-    reference = evaluation.reference
+    reference = evaluation.reference.numbered()
     if reference.image_shape != data.image_shape:
         raise UserError(f"evaluation.reference has images {reference.image_shape}, data has {data.image_shape}")
     check_data({**config, "data": config["evaluation"]["reference"]}, reference)

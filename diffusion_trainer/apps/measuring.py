@@ -34,7 +34,7 @@ class Measuring:
 @contextmanager
 def measuring(config: Mapping[str, Any]) -> Iterator[Measuring]:
     """Under torchrun or srun each rank has the whole model; the ranks talk to each other inside of the block alone."""
-    data = build(config["data"], "data", config["allowed_targets"])
+    data = build(config["data"], "data", config["allowed_targets"]).numbered()
     with agreeing() as agreement:
         checkpoint, device = checkpoint_of(config), device_of(config["accelerator"])
         parts, model = loaded(config, checkpoint, config["weights"], device)

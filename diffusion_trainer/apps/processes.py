@@ -161,7 +161,7 @@ def _report(ranks: Sequence[subprocess.Popen], failed: Sequence[int], logs: Path
     """The exit code of the failure that came first; says which rank it was unless that was a clean stop."""
     rank = failed[0]
     code = ranks[rank].returncode
-    if code == 2 and rank:  # a user's mistake that only this rank could see
+    if code == 2 and rank and ranks[0].returncode != 2:  # a user's mistake that only this rank could see
         print((logs / f"rank-{rank}.log").read_text(errors="replace").strip(), file=sys.stderr)
     if code in (2, *STOPPED):
         return code

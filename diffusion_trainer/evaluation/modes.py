@@ -175,10 +175,11 @@ def batches_of(request: Request) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The first n images of the data (of the label asked for, if one is) and their conditions: (B, C, H, W) uint8, on
     the generator's device. UserError if there are none.
     """
+    data = request.data.numbered()
     if request.label is None:
-        numbers = list(range(min(request.n, request.data.count)))
+        numbers = list(range(min(request.n, data.count)))
     else:
-        numbers = list(islice(request.data.labelled(request.label), request.n))
+        numbers = list(islice(data.labelled(request.label), request.n))
     if not numbers:
         raise UserError(f"label={request.label}: the data has no image of it")
     for first in range(0, len(numbers), request.batch_size):

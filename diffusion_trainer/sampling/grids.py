@@ -1,8 +1,10 @@
 """Where a sampler evaluates: decreasing times from the noisy end of the range to 0."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ LEAST_LOG_SNR = -14.0
 class Grid(ABC):
     @abstractmethod
     def __call__(self, schedule: Schedule, num_steps: int) -> Tensor:
-        """(num_steps + 1,) float64, strictly decreasing, first t_range[1], last 0.
+        """(num_steps + 1,) float64, strictly decreasing, first t_range[1], last 0, none of the others below t_range[0].
 
         ValueError where it has no such times.
         """
@@ -25,12 +27,14 @@ class Grid(ABC):
 
 @dataclass(frozen=True)
 class UniformTime(Grid):
-    """Equal steps of t (DDIM's linear sub-sequence, Song et al. 2021, appendix D.2). The last positive time is
-    t_max / num_steps.
+    """t = t_max i / N: equal steps (DDIM's linear sub-sequence, Song et al. 2021, appendix D.2).
+
+    Where that would end below t_min, in more than t_max / t_min steps, it is equal steps down to t_min, then one to 0.
     """
 
     def __call__(self, schedule: Schedule, num_steps: int) -> Tensor:
-        return torch.linspace(schedule.t_range[1], 0, num_steps + 1, dtype=torch.float64)
+        low, high = schedule.t_range
+        return _to_0(schedule, torch.linspace(high, max(low, high / num_steps), num_steps, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Quadratic(Grid):
     def __call__(self, schedule: Schedule, num_steps: int) -> Tensor:
         low, high = schedule.t_range
         roots = torch.linspace(high**0.5, max(low**0.5, high**0.5 / num_steps), num_steps, dtype=torch.float64)
-        return _from_to_0(high, roots**2)
+        return _to_0(schedule, roots**2)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class UniformLogSNR(Grid):
     def __call__(self, schedule: Schedule, num_steps: int) -> Tensor:
         ends = _log_snr_of_range(schedule).tolist()
         log_snr = torch.linspace(*ends, num_steps, dtype=torch.float64)
-        return _from_to_0(schedule.t_range[1], schedule.t_of_log_snr(log_snr))
+        return _to_0(schedule, schedule.t_of_log_snr(log_snr))
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,10 @@ class Karras(Grid):
             raise ValueError(f"rho must be positive (1 is uniform in sigma, 7 the paper's), not {self.rho}")
 
     def __call__(self, schedule: Schedule, num_steps: int) -> Tensor:
-        ends = (-_log_snr_of_range(schedule) / (2 * self.rho)).exp().tolist()
-        roots = torch.linspace(*ends, num_steps, dtype=torch.float64)
-        return _from_to_0(schedule.t_range[1], schedule.t_of_log_snr(-2 * self.rho * roots.log()))
+        noisy, clean = _log_snr_of_range(schedule).tolist()
+        # Relative to the noisy end's, so that no rho is too small for them.
+        roots = torch.linspace(1, exp((noisy - clean) / (2 * self.rho)), num_steps, dtype=torch.float64)
+        return _to_0(schedule, schedule.t_of_log_snr(noisy - 2 * self.rho * roots.log()))
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,25 @@ class Trailing(Grid):
     num_timesteps: int = 1000
 
     def __call__(self, schedule: Schedule, num_steps: int) -> Tensor:
-        if num_steps > self.num_timesteps:
-            raise ValueError(f"num_steps={num_steps} is more than num_timesteps={self.num_timesteps}")
+        times = self._times(schedule, num_steps)
+        if not _within(schedule, times):
+            raise ValueError(f"num_steps={num_steps} {self._refusal(schedule)}")
+        return times
+
+    def _times(self, schedule: Schedule, num_steps: int) -> Tensor:
         i = torch.arange(num_steps, dtype=torch.float64)
         steps = (self.num_timesteps - i * self.num_timesteps / num_steps).round()
         return _of_discrete(schedule, steps, self.num_timesteps)
+
+    def _refusal(self, schedule: Schedule) -> str:
+        # More steps only bring the second nearer to the noisy end, and the last nearer to 0.
+        numbers = range(1, self.num_timesteps + 1)
+        most = bisect_left(numbers, True, key=lambda n: not _within(schedule, self._times(schedule, n)))
+        low, high = schedule.t_range
+        return (
+            f"trailing steps of num_timesteps={self.num_timesteps} do not lie apart between t_min={low:g} and "
+            f"t_max={high:g}: take at most {most}"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,12 +127,32 @@ class SubSequence(Grid):
     def __call__(self, schedule: Schedule, num_steps: int) -> Tensor:
         if num_steps != len(self.steps):
             raise ValueError(f"num_steps={num_steps}, but {len(self.steps)} steps are given: they must be as many")
-        return _of_discrete(schedule, torch.tensor(sorted(self.steps, reverse=True)), self.num_timesteps)
+        times = _of_discrete(schedule, torch.tensor(sorted(self.steps, reverse=True)), self.num_timesteps)
+        if not _within(schedule, times):
+            low, high = schedule.t_range
+            raise ValueError(
+                f"steps {min(self.steps)} to {max(self.steps)} of num_timesteps={self.num_timesteps} must lie between "
+                f"t_min={low:g} and t_max={high:g}, where step {self.num_timesteps} is t_max"
+            )
+        return times
 
 
-def _from_to_0(first: float, times: Tensor) -> Tensor:
-    """The times with the first exactly what it is, whatever the rounding of an inverse, and 0 after the last."""
-    return torch.cat([times.new_tensor([first]), times[1:], times.new_zeros(1)])
+def _to_0(schedule: Schedule, times: Tensor) -> Tensor:
+    """(N,) -> (N + 1,): the first exactly t_max and none below t_min, whatever the rounding of an inverse, then 0."""
+    low, high = schedule.t_range
+    times = torch.cat([times.new_tensor([high]), times[1:].clamp(min=low), times.new_zeros(1)])
+    if not _within(schedule, times):
+        raise ValueError(
+            f"this grid has no num_steps={len(times) - 1} different times between t_min={low:g} and t_max={high:g}: "
+            "take fewer"
+        )
+    return times
+
+
+def _within(schedule: Schedule, times: Tensor) -> bool:
+    """Whether times (N + 1,), of which the last is 0, decrease, and the others lie in the range of the schedule."""
+    low, high = schedule.t_range
+    return bool(times[0] <= high and times[-2] >= low and (times.diff() < 0).all())
 
 
 def _log_snr_of_range(schedule: Schedule) -> Tensor:
@@ -123,13 +162,6 @@ def _log_snr_of_range(schedule: Schedule) -> Tensor:
 
 
 def _of_discrete(schedule: Schedule, steps: Tensor, num_timesteps: int) -> Tensor:
-    """steps: (N,), decreasing."""
-    noisiest, times = schedule.t_range[1], steps.double() / num_timesteps
-    first = noisiest if steps[0] == num_timesteps else times[0].item()
-    times = _from_to_0(first, times)
-    if first > noisiest or not (times.diff() < 0).all():
-        raise ValueError(
-            f"the steps next to {num_timesteps} lie at or beyond the schedule's noisy end t_max={noisiest}: "
-            "take fewer, or a t_max of 1"
-        )
-    return times
+    """steps: (N,), decreasing -> (N + 1,): their times, and 0. Step num_timesteps is the noisy end."""
+    times = torch.where(steps == num_timesteps, schedule.t_range[1], steps.double() / num_timesteps)
+    return torch.cat([times, times.new_zeros(1)])

@@ -6,14 +6,15 @@ from math import log, pi
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.process.denoiser import Denoiser
-from diffusion_trainer.process.levels import Level, level_of_log_snr, levels
+from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import PosteriorVariance
+from diffusion_trainer.sampling.adaptive import Flow, check_tolerances, integrated
 from diffusion_trainer.sampling.dequantization import Dequantization
+from diffusion_trainer.sampling.runge_kutta import Point, in_flow
 from diffusion_trainer.sampling.solvers import Noise
 
 
@@ -76,8 +77,7 @@ class FlowLikelihood(Likelihood):
     def __post_init__(self):
         if self.probes < 0:
             raise ValueError(f"probes must be at least 1, or 0 for the exact divergence, not {self.probes}")
-        if not (self.rtol > 0 and self.atol > 0):
-            raise ValueError(f"rtol and atol must be positive, not {self.rtol} and {self.atol}")
+        check_tolerances(self.rtol, self.atol)
 
     def __call__(self, denoiser, schedule, variance, pixels, condition, noise):
         """Terms: "prior", "flow" and "dequantization" (log q). `variance` is unused: a flow has no reverse variance."""
@@ -92,20 +92,16 @@ class FlowLikelihood(Likelihood):
         """x_0: (B, ...), real-valued, handed to the denoiser in its dtype -> "prior" and "flow", (B,) float64 in nats;
         their sum is -log p(x_0).
         """
-        clean, noisy = levels(schedule, schedule.t_range)
-        p_min, p_T, dim = _p(clean), _p(noisy), x_0[0].numel()
+        flow = Flow(schedule, *levels(schedule, schedule.t_range))
+        p_min, p_T, dim = in_flow(flow.start).u, in_flow(flow.end).u, x_0[0].numel()
         probes = self._probes(x_0, noise)
 
-        def rate(p: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            level = _level(schedule, p.item(), clean, noisy)
-            return _velocity_and_divergence(denoiser, level, state[0], condition, probes, x_0.dtype)
+        def rate(point: Point, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return _velocity_and_divergence(denoiser, point, state[0], condition, probes, x_0.dtype)
 
         start = (1 - p_min) * x_0.double(), torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
-        ends = torch.tensor([p_min, p_T], dtype=torch.float64, device=x_0.device)
-        stops = {"step_t": ends[1:]}  # there is no level beyond p_T: the last step must not pass it
         with torch.no_grad():
-            path = odeint(rate, start, ends, rtol=self.rtol, atol=self.atol, method="dopri5", options=stops)
-        z_T, divergence = (values[-1] for values in path)
+            z_T, divergence = integrated(rate, start, flow, self.rtol, self.atol, x_0.dtype, x_0.device)
         prior = (z_T / p_T).square().flatten(1).sum(1) / 2 + dim * (log(2 * pi) / 2 + log(p_T))
         return {"prior": prior, "flow": -divergence - dim * log(1 - p_min)}
 
@@ -118,28 +114,17 @@ class FlowLikelihood(Likelihood):
         return torch.stack(signs) / self.probes**0.5
 
 
-def _p(level: Level) -> float:
-    return level.sigma / (level.alpha + level.sigma)
-
-
-def _level(schedule: Schedule, p: float, clean: Level, noisy: Level) -> Level:
-    """The level with sigma / (alpha + sigma) = p; beyond the range of the schedule, that of its end."""
-    if p <= _p(clean):
-        return clean
-    return noisy if p >= _p(noisy) else level_of_log_snr(schedule, 2 * log((1 - p) / p))
-
-
 def _velocity_and_divergence(
-    denoiser: Denoiser, level: Level, z: Tensor, condition: Tensor | None, probes: Tensor, dtype: torch.dtype
+    denoiser: Denoiser, point: Point, z: Tensor, condition: Tensor | None, probes: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """z: (B, ...) float64; the denoiser works in `dtype` -> u (B, ...) and div u (B,), float64."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        x = (level.alpha + level.sigma) * z
-        u = (z - denoiser(x.to(dtype), level, condition).x_0_hat.double()) / _p(level)
+        x = point.scale * z
+        u = (z - denoiser(x.to(dtype), point.level, condition).x_0_hat.double()) / point.u
         if not u.isfinite().all():  # p.item() has waited for the device already
             raise UserError(
-                f"the network's estimates are not finite at t={level.t:.4g}: look at the loss of its training"
+                f"the network's estimates are not finite at t={point.level.t:.4g}: look at the loss of its training"
             )
         divergence = z.new_zeros(len(z))
         for probe in probes:

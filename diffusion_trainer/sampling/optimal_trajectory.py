@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import e, pi
 
 import torch
 from torch import Tensor
 
 from diffusion_trainer.process.analytic import Statistics, required
+from diffusion_trainer.process.decoders import DiscretizedGaussian
 from diffusion_trainer.process.levels import Level
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import ReverseStep
@@ -16,7 +16,8 @@ from diffusion_trainer.sampling.grids import Grid
 
 @dataclass(frozen=True)
 class OptimalTrajectory(Grid):
-    """num_steps of num_timesteps equally spaced times, by dynamic programming over the bound with the optimal variance.
+    """num_steps of num_timesteps equally spaced times, by dynamic programming over the bound with the optimal variance
+    and the decoder of 8-bit pixels.
 
     statistics: a file that `diffusion-trainer variance` wrote; null is the checkpoint's own. ValueError without it.
     """
@@ -45,11 +46,11 @@ def _trajectory(grid: OptimalTrajectory, schedule: Schedule, num_steps: int) -> 
 
 
 def step_costs(schedule: Schedule, times: Tensor, statistics: Statistics) -> Tensor:
-    """(N, N) float64, entry [i, j] the part of the bound, in nats per dimension and without its constant, of the step
-    from times[j] to times[i]; inf where that does not go down. times: (N,), ascending, the first 0.
+    """(N, N) float64, entry [i, j] the part of the bound, in nats per dimension, of the step from times[j] to times[i];
+    inf where that does not go down. times: (N,), ascending, the first 0.
 
-    For s > 0 the expected KL of the optimal variance is log(variance / kept) / 2; to s = 0 the decoder is a Gaussian
-    density of that variance, log(2 pi e variance) / 2.
+    For s > 0 the expected KL of the optimal variance is log(variance / kept) / 2. To s = 0 it is the cost of 8-bit
+    pixels where errors of x_0_hat are normal: that of a density would fall for ever, the smaller the last step.
     """
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     t, s = (
@@ -63,7 +64,7 @@ def step_costs(schedule: Schedule, times: Tensor, statistics: Statistics) -> Ten
     inner = torch.where(later, (step.variance(posterior[None]) / step.kept).log() / 2, torch.inf)
     cost = torch.full((len(times), len(times)), torch.inf, dtype=torch.float64)
     cost[1:, 1:] = inner
-    cost[0, 1:] = (2 * pi * e * posterior).log() / 2
+    cost[0, 1:] = DiscretizedGaussian().expected_cost(posterior)
     return cost
 
 

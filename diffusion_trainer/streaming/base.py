@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.fields import Decoder, Field
 from diffusion_trainer.streaming.loader import Layout, Loader
 
@@ -51,6 +52,10 @@ class Data(ABC):
     @abstractmethod
     def count(self) -> int | None:
         """Samples there are; None if nobody knows."""
+
+    def numbered(self) -> "Data":
+        """Itself, if each of its samples can be had by its number; else UserError."""
+        raise UserError("these data have no index and so no numbered samples, which this needs; choose data=shards")
 
     @abstractmethod
     def first(self, count: int) -> dict:

@@ -21,6 +21,8 @@ from diffusion_trainer.streaming.remote import FULL
 
 AT_ONCE = 16  # a full cache loses at least a sixteenth: who keeps a million small pieces does not list them for each
 
+RELEASE_SECONDS = 2.0  # twice what a reader takes to close files of removed entries (files.py)
+
 Fetch = Callable[[Path], None]  # fills a file
 
 
@@ -28,21 +30,24 @@ class Cache:
     """Files by name, at most `limit` bytes of them, the longest unused removed first.
 
     An entry's file that somebody has open can be read on when it is removed.
+
+    wait: whether to wait for what others fetch, and to remove entries from a disk that is full. release: called when
+    entries were removed for want of disk space, to close the files of removed ones.
     """
 
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int, wait: bool = True, release: Callable[[], None] = lambda: None):
+        self.folder, self.limit, self.wait, self.release = folder, limit, wait, release
         self.entries, self.fetching = folder / "entries", folder / "fetching"
         with self._explained():
             self._make_folders()
             with self._accounts() as accounts:
                 self._taken(accounts)  # removes what killed processes left
 
-    def open(self, name: str, size: int, fetch: Fetch, wait: bool = True) -> int | None:
+    def open(self, name: str, size: int, fetch: Fetch) -> int | None:
         """A descriptor of the entry, fetched by this process unless it is there or another one fetches it meanwhile.
 
-        size: bytes that `fetch` will write; if it writes fewer, they are the entry. Without `wait`: None if another
-        process is at it, or all room is taken. UserError if it can never fit, or the disk is full.
+        size: bytes that `fetch` will write; if it writes fewer, they are the entry. UserError if it can never fit, or
+        the disk stays full. If this cache does not wait: None if another process is at it, or all room is taken.
         """
         if size > self.limit:
             raise UserError(f"a file of {size} bytes does not fit into the cache: cache_bytes={self.limit}")
@@ -51,11 +56,11 @@ class Cache:
                 descriptor = self._entry(name)
                 if descriptor is not None:
                     return descriptor
-                with self._claimed(name, wait) as claim:
+                with self._claimed(name) as claim:
                     if claim is not None:
                         descriptor = self._entry(name)
-                        return self._filled(name, size, claim, fetch, wait) if descriptor is None else descriptor
-                if not wait:
+                        return self._filled(name, size, claim, fetch) if descriptor is None else descriptor
+                if not self.wait:
                     return None
 
     def _entry(self, name: str) -> int | None:
@@ -67,11 +72,11 @@ class Cache:
         return descriptor
 
     @contextmanager
-    def _claimed(self, name: str, wait: bool) -> Iterator[int | None]:
+    def _claimed(self, name: str) -> Iterator[int | None]:
         """The right to fetch the entry: its lock; None if another has it (or had it, while we waited)."""
         self._make_folders()  # a cache may be emptied while runs go on
         path = self.fetching / f"{name}.lock"
-        with locked(path, wait) as lock:
+        with locked(path, self.wait) as lock:
             if lock is None or os.fstat(lock).st_nlink == 0:  # its holder removed it when it was done
                 yield None
                 return
@@ -80,12 +85,12 @@ class Cache:
             finally:
                 path.unlink(missing_ok=True)
 
-    def _filled(self, name: str, size: int, claim: int, fetch: Fetch, wait: bool) -> int | None:
-        if not self._reserve(name, claim, size, wait):
+    def _filled(self, name: str, size: int, claim: int, fetch: Fetch) -> int | None:
+        if not self._reserve(name, claim, size):
             return None
         part, descriptor, kept = self.fetching / f"{name}.part", None, 0
         try:
-            descriptor = self._write(part, size, fetch)
+            descriptor = self._written(part, size, fetch)
             return descriptor
         finally:
             with self._accounts() as accounts:  # at once for those who count: what was taken is now an entry, or free
@@ -97,26 +102,26 @@ class Cache:
                 os.ftruncate(claim, 0)
                 _add(accounts, kept - size)
 
-    def _write(self, part: Path, size: int, fetch: Fetch) -> int:
+    def _written(self, part: Path, size: int, fetch: Fetch) -> int:
         """Its descriptor. Removes entries while the disk is full."""
         while True:
+            part.unlink(missing_ok=True)
             try:
-                part.unlink(missing_ok=True)
                 fetch(part)
                 descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
                 os.fsync(descriptor)  # else a node that loses power may keep the name without the data
                 return descriptor
             except OSError as error:
-                if error.errno not in FULL:
+                if error.errno not in FULL or not self.wait:
                     raise
                 part.unlink(missing_ok=True)
                 if not self._make_room(size):
                     raise UserError(
-                        f"the disk of the cache {self.folder} is full: {size} bytes are needed, "
-                        f"{shutil.disk_usage(self.folder).free} are free. Make room, or choose another cache"
+                        f"the disk of the cache {self.folder} is full: {size} bytes are needed, {self._free()} are "
+                        "free. Make room, or choose another cache"
                     ) from error
 
-    def _reserve(self, name: str, claim: int, size: int, wait: bool) -> bool:
+    def _reserve(self, name: str, claim: int, size: int) -> bool:
         """Takes room, removing entries for it; waits if what others fetch takes all of it."""
         while True:
             with self._accounts() as accounts:
@@ -131,7 +136,7 @@ class Cache:
                     os.ftruncate(claim, size)
                     _write(accounts, used + size)
                     return True
-            if not wait:
+            if not self.wait:
                 return False
             with suppress(FileNotFoundError), locked(next(iter(taken)), create=False):
                 pass  # one of them is done
@@ -160,7 +165,14 @@ class Cache:
             goal = max(taken, before - size)
             left = self._evict(goal, goal, taken)
             _write(accounts, left)
-            return left < before
+        self.release()
+        deadline = time.monotonic() + RELEASE_SECONDS  # others close the files of removed entries soon
+        while left < before and self._free() < size and time.monotonic() < deadline:
+            time.sleep(RELEASE_SECONDS / 50)
+        return left < before
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder).free
 
     def _taken(self, accounts: int) -> dict[Path, int]:
         """Locks of those who fetch, and the room they have taken. Removes what the dead left. (The accounts are held:

@@ -11,7 +11,6 @@ import fsspec.asyn
 from webdataset.shardlists import expand_urls
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.cache import Cache
 from diffusion_trainer.streaming.damage import Truncated
 from diffusion_trainer.streaming.fetching import Part
 from diffusion_trainer.streaming.files import Files
@@ -21,6 +20,8 @@ from diffusion_trainer.streaming.remote import Gone, Remote, read
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.stores import LocalStore, Store
 from diffusion_trainer.streaming.urls import Location, is_pipe, is_url, located
+
+WITNESSES = 4  # shards that are asked for to see whether a store is up
 
 
 @dataclass
@@ -54,6 +55,7 @@ class CachedStore(Store):
         self._remote = Remote(self.timeout_seconds, self.storage_options, self.allow_pipe)
         self._retries = Retries(self.retries, self.backoff_seconds)
         self._local, self._opened = LocalStore(), None
+        self._some: dict[str, list[str]] = {}  # folder -> the first of its shards
 
     def read(self, shard: Shard, offset: int, into: memoryview) -> None:
         if not is_url(shard.url):
@@ -81,9 +83,8 @@ class CachedStore(Store):
             return self._files.content(part)
         except Gone as gone:
             raise UserError(
-                f"{part.url} is missing; make it where the shards are, with diffusion-trainer index (again=true"
+                f"{part.url} is missing; make it: diffusion-trainer index '{shard.url}' again=true"
                 + (" image_sizes=true" if suffix == SIZES else "")
-                + "), and copy it there"
             ) from gone
 
     def find(self, pattern: str) -> list[Shard]:
@@ -108,6 +109,8 @@ class CachedStore(Store):
             index = place._replace(folder=folder).beside(INDEX)
             if index not in indexes:
                 indexes[index] = self._index(index)
+                first = sorted(indexes[index])[:WITNESSES]
+                self._some[folder] = [place._replace(folder=folder).beside(name) for name in first]
             listed = indexes[index]
             names = fnmatch.filter(listed, place.name) if _is_glob(place.name) else [place.name]
             found += [
@@ -166,9 +169,16 @@ class CachedStore(Store):
             self._opened = None
             fsspec.asyn.reset_lock()  # a thread of the parent may have held it
         if self._opened is None:
-            cache = Cache(Path(self.cache).expanduser().absolute(), self.cache_bytes)
-            self._opened = Files(cache, self._remote, self._retries)
+            folder = Path(self.cache).expanduser().absolute()
+            self._opened = Files(folder, self.cache_bytes, self._remote, self._retries, self._witnesses)
         return self._opened
+
+    def _witnesses(self, url: str) -> list[str]:
+        """What is there if the store is up: the index beside a shard, or else other shards."""
+        place = located(url)
+        if self.index is None:
+            return [place.beside(INDEX)]
+        return [other for other in self._some.get(place.folder, ()) if other != url]
 
 
 def _is_glob(name: str) -> bool:

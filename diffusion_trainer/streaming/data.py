@@ -93,6 +93,9 @@ class ShardData(Data):
         shapes = [image.shaped(*shape) for shape in self.buckets or ()]
         return [tuple(image.present(torch.empty(1, *s, device="meta")).shape[1:]) for s in shapes] or [self.image_shape]
 
+    def numbered(self) -> "ShardData":
+        return self
+
     @property
     def count(self) -> int:
         return int(self._ends[-1])

@@ -3,21 +3,23 @@
 import os
 import time
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
+from pathlib import Path
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.ahead import Ahead
 from diffusion_trainer.streaming.cache import Cache, touch
 from diffusion_trainer.streaming.damage import MissingShard
 from diffusion_trainer.streaming.fetching import Part, fetch
-from diffusion_trainer.streaming.index import INDEX, Shard
-from diffusion_trainer.streaming.remote import Gone, Remote, read
+from diffusion_trainer.streaming.index import Shard
+from diffusion_trainer.streaming.remote import Gone, Remote, is_there
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.stores import MAX_OPEN
-from diffusion_trainer.streaming.urls import located
 
+LOOK_SECONDS = 1.0  # files of evicted entries are closed so often, whose disk space is free only then
 TOUCH_SECONDS = 60.0  # what is in use is marked so, so often
 AHEAD_RETRIES = 2  # a part that the background cannot get soon is left to its reader, who waits for its lock
 THREADS = 4
@@ -28,21 +30,29 @@ Piece = tuple[Shard, int, int]  # first byte, size
 class Files:
     """What a process has open. For one thread; `ahead` has its own, which touch the cache alone."""
 
-    def __init__(self, cache: Cache, remote: Remote, retries: Retries):
+    def __init__(
+        self, folder: Path, limit: int, remote: Remote, retries: Retries, witnesses: Callable[[str], list[str]]
+    ):
         self.pid = os.getpid()
-        self.cache, self.remote, self.retries = cache, remote, retries
+        self.cache = Cache(folder, limit, release=self._close_evicted)
+        self.remote, self.retries = remote, retries
+        self.witnesses = witnesses  # what else should be where a shard is
         self._open: OrderedDict[tuple[str, int], tuple[int, float]] = OrderedDict()  # descriptor, when it was marked
         self._evicted: dict[tuple[str, int], float] = {}  # when
         self._gone: set[str] = set()
+        self._look_again = 0.0
+        weakref.finalize(self, _close, self._open).atexit = False
 
     def descriptor(self, shard: Shard, first: int, size: int) -> int:
         """Of a file with the shard's bytes from `first` on; fewer than `size` if the shard ends before.
 
         MissingShard if the store has none; UserError if it does not answer.
         """
-        key = (shard.url, first)
+        key, now = (shard.url, first), time.monotonic()
+        if now > self._look_again:
+            self._close_evicted()
+            self._look_again = now + LOOK_SECONDS
         descriptor, marked = self._open.get(key) or self._opened(key, (shard, first, size))
-        now = time.monotonic()
         if now - marked > TOUCH_SECONDS:
             touch(descriptor)
             self._open[key] = descriptor, now
@@ -55,18 +65,12 @@ class Files:
             return file.read()
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1][0])
+        _close(self._open)
 
     @cached_property
     def ahead(self) -> Ahead:
-        return Ahead(self._fetch_ahead, THREADS)
-
-    def _fetch_ahead(self, piece: Piece) -> None:
-        part, retries = _part(piece), Retries(AHEAD_RETRIES, self.retries.backoff_seconds)
-        descriptor = self.cache.open(part.name, part.size, partial(fetch, self.remote, retries, part), wait=False)
-        if descriptor is not None:
-            os.close(descriptor)
+        cache = Cache(self.cache.folder, self.cache.limit, wait=False)
+        return Ahead(partial(_fetch_ahead, cache, self.remote, self.retries), THREADS)
 
     def _opened(self, key: tuple[str, int], piece: Piece) -> tuple[int, float]:
         shard, part = piece[0], _part(piece)
@@ -86,18 +90,15 @@ class Files:
         return self._open[key]
 
     def _check_store(self, url: str) -> None:
-        """A shard is missing only from a store that still has the index beside it."""
-        index = located(url).beside(INDEX)
-        try:
-            read(self.remote, self.retries, index, len)
-        except Gone as gone:
+        """A shard is missing only from a store that has something else of the same folder."""
+        others = self.witnesses(url)
+        if not any(is_there(self.remote, self.retries, other) for other in others):
             raise UserError(
-                f"neither {url} nor the index beside it is there any more: is it the right store, and all of it up? "
-                "The checkpoint stands; start again to resume"
-            ) from gone
+                f"neither {url} is there any more nor {' nor '.join(others) or 'anything else'}: "
+                "is it the right store, and all of it up? The checkpoint stands; start again to resume"
+            )
 
     def _close_evicted(self) -> None:
-        """Their disk space is free only then."""
         for key, (descriptor, _) in list(self._open.items()):
             if os.fstat(descriptor).st_nlink == 0:
                 os.close(descriptor)
@@ -111,6 +112,18 @@ class Files:
                 f"Raise cache_bytes={self.cache.limit}, or fetch pieces (piece_bytes)",
                 stacklevel=2,
             )
+
+
+def _close(opened: dict[tuple[str, int], tuple[int, float]]) -> None:
+    while opened:
+        os.close(opened.popitem()[1][0])
+
+
+def _fetch_ahead(cache: Cache, remote: Remote, retries: Retries, piece: Piece) -> None:
+    part, fewer = _part(piece), Retries(min(AHEAD_RETRIES, retries.count), retries.backoff_seconds)
+    descriptor = cache.open(part.name, part.size, partial(fetch, remote, fewer, part))
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def pieces(shard: Shard, first: int, last: int, piece_bytes: int | None) -> Iterable[Piece]:

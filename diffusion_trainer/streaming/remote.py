@@ -130,6 +130,22 @@ def read(remote: Remote, retries: Retries, url: str, parse: Callable[[bytes], Re
     return retries(url, attempt)
 
 
+def is_there(remote: Remote, retries: Retries, url: str) -> bool:
+    twice = Twice()
+
+    def attempt() -> bool:
+        try:
+            remote.cat(url, 0, 1)
+        except NoRange:  # it is empty
+            return True
+        except Gone as gone:
+            twice(Gone, str(gone))
+            return False
+        return True
+
+    return retries(url, attempt)
+
+
 def _aiohttp(seconds: float) -> dict[str, Any]:
     from aiohttp import ClientTimeout  # may not be installed
 

@@ -1,7 +1,9 @@
 """Decoders: a probability over all pixel values, a density whose integral is one, and digits far out in the tails."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from scipy.stats import norm
 from torch.testing import assert_close
 
@@ -64,6 +66,34 @@ def test_narrow_bins_turn_the_mass_into_the_density():
     mass = DiscretizedGaussian(2**16 + 1)(x, torch.zeros_like(x), torch.full_like(x, 0.1))
     density = GaussianDensity()(x, torch.zeros_like(x), torch.full_like(x, 0.1))
     assert_close(mass - torch.tensor(2 / 2**16, dtype=torch.float64).log(), density, rtol=0, atol=1e-6)
+
+
+def cost_by_quadrature(width):
+    """The mean of -log(Phi(z + width / 2) - Phi(z - width / 2)) over z ~ N(0, 1)."""
+
+    def weighed(z):
+        near, far = norm.logsf(abs(z) - width / 2), norm.logsf(abs(z) + width / 2)
+        return -(near + np.log(-np.expm1(far - near))) * norm.pdf(z)
+
+    edges = [-width / 2, 0, width / 2] if width < 20 else None
+    return quad(weighed, -12, 12, points=edges, epsabs=1e-13, limit=500)[0]
+
+
+@pytest.mark.parametrize("std", [1e-6, 1e-4, 5e-4, 2e-3, 4e-3, 0.02, 0.1, 1.0])
+@pytest.mark.parametrize("levels", [3, 256])
+def test_expected_cost_is_the_mean_over_normal_errors(levels, std):
+    given = DiscretizedGaussian(levels).expected_cost(torch.tensor([[std**2]], dtype=torch.float64))
+    assert given.shape == (1, 1)
+    assert given.item() == pytest.approx(cost_by_quadrature(2 / (levels - 1) / std), rel=1e-9, abs=1e-12)
+
+
+def test_expected_cost_is_the_entropy_of_the_density_over_narrow_bins_and_nothing_over_wide_ones():
+    variance = torch.tensor([1.0, 0.04, 1e-8], dtype=torch.float64)
+    cost = DiscretizedGaussian().expected_cost(variance)
+    entropy = torch.from_numpy(norm.entropy(scale=variance.sqrt())) - torch.tensor(2 / 255, dtype=torch.float64).log()
+    assert_close(cost[:2], entropy[:2], rtol=0, atol=1e-6)
+    assert 0 <= cost[2] < 1e-100
+    assert entropy[2] < -2
 
 
 @pytest.mark.parametrize("levels", [0, 1])

@@ -220,5 +220,26 @@ def test_broken_networks_are_named(likelihood):
 def test_refusals():
     with pytest.raises(ValueError, match="probes must be"):
         FlowLikelihood(UniformDequantization(), probes=-1)
-    with pytest.raises(ValueError, match="rtol and atol must be positive"):
-        FlowLikelihood(UniformDequantization(), rtol=0.0)
+    for wrong in ({"rtol": 0.0}, {"atol": float("nan")}, {"rtol": 1e-30}, {"atol": 2.0}):
+        with pytest.raises(ValueError, match="rtol and atol must lie between"):
+            FlowLikelihood(UniformDequantization(), **wrong)
+
+
+def test_tolerances_below_the_rounding_of_the_network_are_refused_before_any_call():
+    tight = FlowLikelihood(UniformDequantization(), rtol=1e-9, atol=1e-9)
+    with pytest.raises(UserError, match=r"cannot be met in torch\.float32"):
+        tight.terms(Broken(), Cosine(), samples(GAUSSIAN, 2).float(), None, Noise(2))
+
+
+@dataclass(frozen=True)
+class Rough(Broken):
+    """Of no smooth network: its estimates jump wherever x crosses a multiple of 0.001."""
+
+    def __call__(self, x_t, level, condition):
+        return Estimate(x_t.detach().div(0.001).floor().remainder(2) + 0 * x_t)
+
+
+def test_the_number_of_network_calls_is_bounded_and_named(monkeypatch):
+    monkeypatch.setattr("diffusion_trainer.sampling.adaptive.MAX_CALLS", 300)
+    with pytest.raises(UserError, match=r"300 network calls between .*: rtol=1e-05 and atol=1e-05"):
+        EXACT.terms(Rough(), Cosine(), samples(GAUSSIAN, 2), None, None)

@@ -4,6 +4,7 @@ import json
 from itertools import combinations, pairwise
 from math import log, pi
 
+import numpy as np
 import pytest
 import torch
 from configured import SCHEDULES
@@ -14,32 +15,46 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from diffusion_trainer.process.analytic import Analytic, read
-from diffusion_trainer.process.decoders import GaussianDensity
+from diffusion_trainer.process.decoders import DiscretizedGaussian
 from diffusion_trainer.process.levels import levels
-from diffusion_trainer.process.schedules import Cosine
+from diffusion_trainer.process.schedules import Cosine, RectifiedFlow
 from diffusion_trainer.process.variances import Estimate, ReverseStep
 from diffusion_trainer.sampling.bound import VariationalBound
 from diffusion_trainer.sampling.ddim import DDIM
-from diffusion_trainer.sampling.grids import Grid
+from diffusion_trainer.sampling.dequantization import centres
+from diffusion_trainer.sampling.grids import Grid, UniformTime
 from diffusion_trainer.sampling.optimal_trajectory import OptimalTrajectory, shortest_path, step_costs
 from diffusion_trainer.sampling.sampler import Sampler
 
 N = 9  # times to choose from
 UNEVEN = [1.0, 0.01]
+PIXELS = [0.05, 5e-4]  # within [-1, 1], or nearly always
+
+
+BUMPS = Mixture([0.3, 0.7], [[0.5, 0.4], [-0.5, -0.2]], [[[0.01, 0.0], [0.0, 0.002]], [[0.003, 0.0], [0.0, 0.001]]])
+
+
+def save(path, log_snr, error):
+    save_file({"log_snr": log_snr, "error": error}, path, {"about": json.dumps({})})
+    return str(path)
 
 
 def write(path, variances):
     """Of Gaussian data with these variances of its entries, which is E Var[x_0 | x_t] = 1 / (1 / variance + SNR)."""
     log_snr = torch.linspace(-14, 20, 1000, dtype=torch.float64)
     error = 1 / (1 / torch.tensor(variances, dtype=torch.float64) + log_snr.exp()[:, None])
-    save_file({"log_snr": log_snr, "error": error}, path, {"about": json.dumps({})})
-    return str(path)
+    return save(path, log_snr, error)
 
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory):
     """Entries unlike each other: then one variance for all of them costs something, and the times matter."""
     return write(tmp_path_factory.mktemp("trajectory") / "uneven.safetensors", UNEVEN)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("trajectory") / "pixels.safetensors", PIXELS)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +102,14 @@ def test_random_costs_too():
             assert (path[0], path[-1], len(path)) == (6, 0, num_steps + 1)
 
 
+def cost_of_decoding(variance):
+    """The mean of -log mass of a pixel's bin over errors z sqrt(variance), by Gauss and Hermite's quadrature."""
+    z, weight = (torch.from_numpy(v)[:, None] for v in np.polynomial.hermite_e.hermegauss(80))
+    error = z * variance**0.5
+    log_mass = DiscretizedGaussian()(torch.zeros_like(error), error, torch.tensor(variance, dtype=torch.float64))
+    return -(log_mass @ weight / weight.sum()).item()
+
+
 def test_cost_is_the_kl_divergence_of_the_optimal_variance_with_its_decoder(schedule, statistics):
     """From the numbers of each step, as the bound of sampling has them, in nats per dimension."""
     times, cost = candidates(schedule, statistics), costs(schedule, statistics)
@@ -98,7 +121,7 @@ def test_cost_is_the_kl_divergence_of_the_optimal_variance_with_its_decoder(sche
                 continue
             variance = Analytic(statistics).at(at[j], at[i])(nothing)
             if i == 0:
-                known = torch.tensor((log(2 * pi * variance) + 1) / 2)
+                known = torch.tensor(cost_of_decoding(variance))
             else:
                 step = ReverseStep.of(at[j], at[i])
                 reverse = torch.tensor(step.variance(variance), dtype=torch.float64)
@@ -108,15 +131,26 @@ def test_cost_is_the_kl_divergence_of_the_optimal_variance_with_its_decoder(sche
     assert (cost[:, 0] == torch.inf).all()
 
 
-def test_it_costs_no_more_than_equal_steps_and_less_with_more_steps(schedule, statistics):
+def test_it_costs_no_more_than_equal_steps(schedule, statistics):
     count = 60
-    cost, before = costs(schedule, statistics, count), torch.inf
+    cost = costs(schedule, statistics, count)
     for num_steps in (2, 3, 5, 10, 20, 30, 60):
         even = torch.linspace(count, 0, num_steps + 1).long().tolist()
-        ours = along(cost, shortest_path(cost, num_steps).tolist())
-        assert ours <= along(cost, even) + 1e-12
-        assert ours < before  # each further step refines the one before
+        assert along(cost, shortest_path(cost, num_steps).tolist()) <= along(cost, even) + 1e-12
+
+
+def test_more_steps_cost_less_until_the_last_is_beside_the_bins(schedule, statistics):
+    """Each further step refines the one before. But what x_0_hat knows of x_0 within its bin is paid for in vain."""
+    times, cost, before = candidates(schedule, statistics, 60), costs(schedule, statistics, 60), torch.inf
+    for num_steps in (2, 3, 5, 10, 20, 30):
+        path = shortest_path(cost, num_steps).tolist()
+        last = schedule.level_at(times[path[-2]].item())
+        if last.sigma < 0.05 * last.alpha:
+            break
+        ours = along(cost, path)
+        assert ours < before
         before = ours
+    assert before < torch.inf
 
 
 def test_all_steps_are_all_times(schedule, statistics):
@@ -149,12 +183,25 @@ def check_grid(grid, schedule, counts):
 
 
 def test_every_trajectory_of_an_isotropic_gaussian_costs_the_same(schedule, isotropic):
-    """Its reverse steps are exactly Gaussian, so the bound is tight in any number of them: it is H(x_0 | x_T)."""
+    """Its reverse steps are exactly Gaussian, so the bound is tight in any number of them: H(x_0 | x_T) of pixels.
+
+    Where the last step is beside their bins it is more, never less.
+    """
     cost = costs(schedule, isotropic)
     _, alpha, sigma = schedule.at_noisy_end
-    entropy = (log(2 * pi / (1 / 0.3 + (alpha / sigma) ** 2)) + 1) / 2
-    for path in ((N, 0), (N, 1, 0), (N, 5, 0), (N, 7, 6, 2, 0), tuple(range(N, -1, -1))):
+    entropy = (log(2 * pi / (1 / 0.3 + (alpha / sigma) ** 2)) + 1) / 2 - log(2 / 255)
+    for path in ((N, 0), (N, 4, 0), (N, 5, 0), (N, 7, 6, 4, 0), (*range(N, 3, -1), 0)):
         assert along(cost, path) == pytest.approx(entropy, abs=2e-3)
+    for path in ((N, 1, 0), (N, 2, 1, 0), tuple(range(N, -1, -1))):
+        assert along(cost, path) > entropy - 2e-3
+
+
+@pytest.mark.parametrize("num_steps", [10, 200])
+def test_no_step_is_spent_within_the_bins_of_pixels(num_steps, isotropic):
+    """There all that is left to know of x_0 is where it lies within its bin, which costs nothing more."""
+    schedule = RectifiedFlow(t_min=1e-4)
+    last = schedule.level_at(OptimalTrajectory(isotropic, 1000)(schedule, num_steps)[-2].item())
+    assert last.sigma / last.alpha > 4 * (2 / 255)
 
 
 class Given(Grid):
@@ -165,25 +212,58 @@ class Given(Grid):
         return self.times
 
 
-def test_bound_that_is_measured_falls_as_the_cost_says(statistics):
-    """Between the optimal and the even trajectory, with the exact mean; the prior is the same."""
-    schedule, n = SCHEDULES["cosine"], 4000
-    data = Mixture.gaussian([0.0, 0.0], torch.diag(torch.tensor(UNEVEN)))
-    x_0 = data.sample(n, torch.Generator().manual_seed(0))[0]
-    cost, measured, said = costs(schedule, statistics, 40), [], []
-    for path in (shortest_path(cost, 5), torch.tensor([40, 32, 24, 16, 8, 0])):
-        grid = Given(candidates(schedule, statistics, 40)[path])
-        generator = torch.Generator().manual_seed(1)
-        terms = VariationalBound(grid, 5, GaussianDensity(), None).terms(
-            ExactDenoiser(data), schedule, Analytic(statistics), x_0, None,
-            lambda g=generator: torch.randn(n, 2, generator=g, dtype=torch.float64),
-        )  # fmt: skip
-        measured.append((terms.diffusion.sum(1) + terms.decoder) / 2)
-        said.append(along(cost, path.tolist()))
-    for values, known in zip(measured, said, strict=True):
-        assert abs(values.mean() - known) < 5 * values.std() / n**0.5
-    saved, difference = said[1] - said[0], measured[1] - measured[0]
-    assert saved > 5 * difference.std() / n**0.5  # what the lines above can tell
+def pixels_of(data, n, seed):
+    """x_0 (n, 2), rounded to the centres of 8-bit pixels."""
+    x_0 = data.sample(n, torch.Generator().manual_seed(seed))[0].clamp(-1, 1)
+    return centres(((x_0 + 1) * 127.5).round().to(torch.uint8))
+
+
+def measured(data, schedule, times, statistics, n=4000):
+    """The bound of 8-bit pixels, (n,), in nats per dimension and without the prior, which is the same for all."""
+    generator = torch.Generator().manual_seed(1)
+    terms = VariationalBound(Given(times), len(times) - 1, DiscretizedGaussian(), None).terms(
+        ExactDenoiser(data), schedule, Analytic(statistics), pixels_of(data, n, 0), None,
+        lambda: torch.randn(n, 2, generator=generator, dtype=torch.float64),
+    )  # fmt: skip
+    return (terms.diffusion.sum(1) + terms.decoder) / 2
+
+
+def test_bound_that_is_measured_is_the_cost_and_lower_than_that_of_equal_steps(schedule, pixels):
+    """Of Gaussian data, with the exact mean; rounding to pixels has made it no other data."""
+    data = Mixture.gaussian([0.0, 0.0], torch.diag(torch.tensor(PIXELS)))
+    for num_steps in (3, 10):
+        bounds, said = [], []
+        for grid in (OptimalTrajectory(pixels, 200), UniformTime()):
+            times = grid(schedule, num_steps)
+            cost = step_costs(schedule, times.flip(0), read(pixels))
+            said.append(along(cost, range(num_steps, -1, -1)))
+            bounds.append(measured(data, schedule, times, pixels))
+        for bound, known in zip(bounds, said, strict=True):
+            assert abs(bound.mean() - known) < 5 * bound.std() / len(bound) ** 0.5
+        saved, difference = said[1] - said[0], bounds[1] - bounds[0]
+        assert saved > 0
+        assert difference.mean() > saved / 2
+
+
+@pytest.fixture(scope="module")
+def of_mixture(tmp_path_factory):
+    """E|x_0 - x_0_hat|^2 of BUMPS, as `diffusion-trainer variance` measures it."""
+    log_snr, x_0, error = torch.linspace(-14, 14, 60, dtype=torch.float64), pixels_of(BUMPS, 4000, 1), []
+    generator = torch.Generator().manual_seed(2)
+    for alpha, sigma in zip(log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt(), strict=True):
+        noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
+        error.append((BUMPS.denoise(alpha * x_0 + sigma * noise, alpha, sigma) - x_0).square().mean(0))
+    return save(tmp_path_factory.mktemp("trajectory") / "mixture.safetensors", log_snr, torch.stack(error))
+
+
+@pytest.mark.parametrize("name", ["cosine", "rectified_flow", "linear", "ve"])
+@pytest.mark.parametrize("num_steps", [3, 10])
+def test_bound_of_a_mixture_is_lower_than_that_of_equal_steps(name, num_steps, of_mixture):
+    """Its errors are not normal. But none of its pixels are at the two ends, whose open bins cost less than any."""
+    schedule = SCHEDULES[name]
+    grids = OptimalTrajectory(of_mixture, 300), UniformTime()
+    ours, even = (measured(BUMPS, schedule, grid(schedule, num_steps), of_mixture) for grid in grids)
+    assert (even - ours).mean() > 3 * (even - ours).std() / len(ours) ** 0.5
 
 
 def test_it_is_refused_without_statistics_and_with_more_steps_than_times(statistics, tmp_path):

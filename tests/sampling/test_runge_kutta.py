@@ -1,19 +1,17 @@
-"""Runge-Kutta in p = sigma / (alpha + sigma), with fixed and with adaptive steps: against the formulas, and to order.
+"""Runge-Kutta in p = sigma / (alpha + sigma): against the formulas, and to order.
 
 Only on a mixture is the order of every method the one of the book: on a Gaussian the midpoint method gains one.
 """
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from exact import GAUSSIAN, MIXTURE, ExactDenoiser
+from exact import MIXTURE, ExactDenoiser
 from options import built, each
 from solving import Noise, slope
 from torch.testing import assert_close
 
-from diffusion_trainer.conventions import UserError
 from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.variances import Estimate, FixedSmall
 from diffusion_trainer.sampling.adaptive import DormandPrince
@@ -133,68 +131,3 @@ def test_two_calls_a_step_the_first_where_the_step_starts(solver):
 def test_tableau_refuses_what_is_not_of_second_order(a, b, c, what):
     with pytest.raises(ValueError, match=what):
         Tableau(a, b, c)
-
-
-@every_schedule
-def test_dormand_prince_meets_the_exact_flow_to_its_tolerance_in_both_directions(schedule):
-    ends = times_in_p(schedule, 1)
-    for times in (ends, ends.flip(0)):
-        start, end = levels(schedule, times)
-        x = x_at(schedule, times[0].item(), data=GAUSSIAN)
-        numbers = (torch.tensor(v, dtype=torch.float64) for v in (start.alpha, start.sigma, end.alpha, end.sigma))
-        truth = GAUSSIAN.probability_flow(x, *numbers)
-        for tolerance in (1e-5, 1e-8):
-            x_s = path_end(DormandPrince(tolerance, tolerance), schedule, times, x, GAUSSIAN)
-            # In units of z; encoding magnifies: the flow pulls neighbours apart by sqrt(1 / smallest variance).
-            assert (x_s - truth).abs().max() / in_flow(end).scale < 30 * tolerance
-
-
-def test_dormand_prince_stays_between_its_ends_and_takes_few_calls():
-    for schedule in SCHEDULES.values():
-        for times in (times_in_p(schedule, 1), times_in_p(schedule, 1).flip(0)):
-            (plan,), seen = DormandPrince().plan(schedule, times, FixedSmall()), []
-
-            def denoise(x, level, seen=seen):
-                seen.append(level.t)
-                return EXACT(x, level, None)
-
-            DormandPrince().step(denoise, x_at(schedule, times[0].item()), plan, None, None)
-            assert min(times) - 1e-9 <= min(seen) <= max(seen) <= max(times) + 1e-9
-            assert seen[0] == times[0]
-            assert 20 < len(seen) < 400
-
-
-def test_dormand_prince_takes_the_steps_of_its_hardest_sample():
-    # One that moves among a thousand that stay at 0 must not be lost in a mean.
-    times, x = times_in_p(SCHEDULES["vp_sde"], 1), x_at(SCHEDULES["vp_sde"], 1.0, 1)
-    (plan,) = DormandPrince().plan(SCHEDULES["vp_sde"], times, FixedSmall())
-
-    def denoise(x, level):
-        return Estimate(torch.cat([EXACT(x[:1], level, None).x_0_hat, 0 * x[1:]]))
-
-    alone, among = (
-        DormandPrince().step(denoise, torch.cat([x, x.new_zeros(n, 2)]), plan, None, None)[0][0] for n in (0, 1000)
-    )
-    assert_close(among, alone, rtol=0, atol=1e-12)
-
-
-def test_dormand_prince_keeps_float32():
-    for schedule in SCHEDULES.values():
-        times, x = times_in_p(schedule, 1), x_at(schedule, schedule.t_range[1])
-        single = path_end(DormandPrince(), schedule, times, x.float())
-        assert single.dtype == torch.float32
-        assert_close(single.double(), path_end(DormandPrince(), schedule, times, x), rtol=0, atol=1e-2)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_dormand_prince_says_that_the_network_is_broken(bad):
-    schedule = SCHEDULES["linear"]
-    (plan,) = DormandPrince().plan(schedule, times_in_p(schedule, 1), FixedSmall())
-    with pytest.raises(UserError, match="NaN"):
-        DormandPrince().step(lambda x, level: Estimate(torch.full_like(x, bad)), Noise(3)(), plan, None, None)
-
-
-@pytest.mark.parametrize("wrong", [{"rtol": 0.0}, {"atol": -1.0}, {"rtol": float("nan")}], ids=str)
-def test_dormand_prince_refuses_no_tolerance(wrong):
-    with pytest.raises(ValueError, match="positive"):
-        replace(DormandPrince(), **wrong)

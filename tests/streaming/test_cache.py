@@ -185,8 +185,9 @@ def test_who_does_not_wait_leaves_what_others_fetch_and_what_has_no_room(tmp_pat
     thread = threading.Thread(target=lambda: os.close(cache.open("e1", 100, slowly)))
     thread.start()
     assert begun.wait(20)
-    assert cache.open("e1", 100, store.fetch("e1"), wait=False) is None
-    assert cache.open("e2", 100, store.fetch("e2"), wait=False) is None  # the room is taken
+    hasty = Cache(tmp_path, 150, wait=False)
+    assert hasty.open("e1", 100, store.fetch("e1")) is None
+    assert hasty.open("e2", 100, store.fetch("e2")) is None  # the room is taken
     waiting = threading.Thread(target=lambda: store.read(cache, "e2"))
     waiting.start()
     assert not store.asked
@@ -215,6 +216,9 @@ def test_a_full_disk_costs_old_entries_and_then_the_run(tmp_path, number):
     room = 3
     for k in range(6):
         os.close(cache.open(f"e{k}", 100, full(f"e{k}")))
+    assert names(cache) == {"e3", "e4", "e5"}
+    with pytest.raises(UserError, match="full"):  # what is fetched ahead removes nothing
+        Cache(tmp_path, 1000, wait=False).open("e7", 100, full("e7"))
     assert names(cache) == {"e3", "e4", "e5"}
     room = 0
     with pytest.raises(UserError, match=rf"(?s){tmp_path} is full: 100 bytes are needed, \d+ are free"):
@@ -295,7 +299,8 @@ def test_the_bound_holds_at_every_moment(tmp_path):
     limit, largest = 100_000, 20_000
 
     def work(seed: int) -> None:
-        cache, draws = Cache(tmp_path, limit), np.random.default_rng(seed)
+        draws = np.random.default_rng(seed)
+        caches = [Cache(tmp_path, limit, wait=wait) for wait in (True, True, True, False)]
         for k in draws.integers(0, 40, 150):
             size = int(k) * 500 + 1
 
@@ -308,7 +313,7 @@ def test_the_bound_holds_at_every_moment(tmp_path):
                     raise UserError("ill")
 
             try:
-                descriptor = cache.open(f"e{k}", size, fetch, wait=draws.random() < 0.8)
+                descriptor = caches[draws.integers(4)].open(f"e{k}", size, fetch)
             except UserError:
                 continue
             if descriptor is not None:
@@ -363,7 +368,7 @@ def test_four_processes_race_and_the_one_that_fetches_is_killed(piece_bytes, ser
     server.script[first] = [flaky.stall]
 
     def read() -> None:
-        store = CachedStore(str(tmp_path / "cache"), 1 << 20, piece_bytes, timeout_seconds=60)
+        store = CachedStore(str(tmp_path / "cache"), 1 << 20, piece_bytes=piece_bytes, timeout_seconds=60)
         assert digest(store, f"{server.url}/*.tar") == truth
 
     with Child(read) as victim:

@@ -10,15 +10,17 @@ from streaming.making import END, header, member, pax, python_tar, shard_bytes
 from diffusion_trainer.streaming.tar import Cutter, key_and_extension, members
 
 # All of one length, so that samples of one size differ in nothing but what their headers mean.
-IGNORED = ("k/.h.y", "k/__.y", "k/a/.y", "k/abcd", "k/ab/y", "k/a\0.y", "k/a\0/y", "k\0/b.y", "__/a.y")
+IGNORED = (
+    "k/.hab.y", "k/__cd.y", "k/abc/.y", "k/abcdef", "k/abcd/y", "k/abc\0.y", "k/abc\0/y", "k\0/abc.y", "____/a.y"
+)  # fmt: skip
 
 
 def extended(name: str, data: bytes) -> dict[str, bytes]:
     """Members whose name or type does not stand in their header as it usually does."""
     return {
-        "pax": pax({"path": name}) + member("k/ab.z", data),
-        "pax time": pax({"time": name}) + member("k/ab.z", data),
-        "gnu": member("././@LongLink", name.encode() + b"\0", b"L") + member("k/ab.z", data),
+        "pax": pax({"path": name}) + member("k/abcd.z", data),
+        "pax time": pax({"time": name}) + member("k/abcd.z", data),
+        "gnu": member("././@LongLink", name.encode() + b"\0", b"L") + member("k/abcd.z", data),
         "prefix": member(name[2:].rjust(len(name), "/"), data, prefix=b"k"),
         "old": member(name, data, b"\0"),
         "size in other words": header(name.encode(), b"%10o \0" % len(data)) + member("", data)[512:],
@@ -29,12 +31,12 @@ def units() -> dict[tuple, bytes]:
     """What a sample may have besides its first member: another one, or what has a header and is none."""
     found = {("nothing",): b""}
     for data in (b"", b"1"):
-        found |= {("field", how, data): unit for how, unit in extended("k/ab.y", data).items()}
-        for name in ("k/ab.y", "k/ab.Y", "k/ab.z", "k/b.zy", *IGNORED):
+        found |= {("field", how, data): unit for how, unit in extended("k/abcd.y", data).items()}
+        for name in ("k/abcd.y", "k/abcd.Y", "k/abcd.z", "k/bcd.zy", *IGNORED):
             found[name, "file", data] = member(name, data)
-    for name, kind in product(("k/ab.y", "k/abcd"), (b"2", b"5")):
+    for name, kind in product(("k/abcd.y", "k/abcdef"), (b"2", b"5")):
         found[name, kind] = member(name, kind=kind)
-    found["global"] = pax({"comment": "x"}, b"g") + member("k/abcd")
+    found["global"] = pax({"comment": "x"}, b"g") + member("k/abcdef")
     return found
 
 
@@ -45,13 +47,13 @@ def valid(named: list[tuple[str, str]]) -> bool:
 
 def samples() -> dict[tuple, bytes]:
     """As they lie between two offsets of an index."""
-    lasts = {"": b"", "k/ab.z": member("k/ab.z"), "k/abcd": member("k/abcd")}
+    lasts = {"": b"", "k/abcd.z": member("k/abcd.z"), "k/abcdef": member("k/abcdef")}
     found = {}
     for (what, unit), (last, end) in product(units().items(), lasts.items()):
-        sample = member("k/ab.x") + unit + end
+        sample = member("k/abcd.x") + unit + end
         if valid([n for m in members(sample) if (n := key_and_extension(m.name))]):
             found[what, last] = sample
-            found[what, last, "ba"] = sample.replace(b"k/ab", b"k/ba")  # the checksums stay
+            found[what, last, "badc"] = sample.replace(b"k/abcd", b"k/badc")  # the checksums stay
     return found
 
 

@@ -207,8 +207,19 @@ def test_shards_that_are_missing_with_their_index_are_a_store_that_is_down(serve
     store = make()
     shard = store.find(f"{server.url}/*.tar")[0]
     server.files.clear()
-    with pytest.raises(UserError, match="nor the index beside it"):
+    with pytest.raises(UserError, match=rf"neither .*{NAMES[0]} is there any more nor .*index.json"):
         store.read(shard, 0, memoryview(bytearray(10)))
+
+
+def test_a_missing_shard_of_an_index_elsewhere_is_damage_while_others_are_there(server, folder, truth, make):
+    for name in [name for name in server.files if not name.endswith(".tar")]:
+        del server.files[name]
+    del server.files[FIRST]
+    store = make(index=str(folder))
+    assert contents(store, f"{server.url}/*.tar") == [*[b"missing_shard"] * 10, *truth[10:]]
+    server.files.clear()
+    with pytest.raises(UserError, match=r"neither .*x-000000.tar is there any more nor .*x-000001.tar nor .*x-0"):
+        contents(make(index=str(folder), cache_bytes=1 << 19), f"{server.url}/*.tar")
 
 
 @MODES
@@ -237,7 +248,7 @@ def test_missing_index_files_are_named_with_their_remedy(server, make):
     store = make()
     shard = store.find(f"{server.url}/*.tar")[0]
     del server.files[f"{FIRST}.idx"]
-    with pytest.raises(UserError, match=r"x-000000.tar.idx is missing.*diffusion-trainer index"):
+    with pytest.raises(UserError, match=r"x-000000.tar.idx is missing.*diffusion-trainer index .*x-000000.tar"):
         store.sidecar(shard, ".idx")
     with pytest.raises(UserError, match="image_sizes=true"):
         store.sidecar(shard, ".size")

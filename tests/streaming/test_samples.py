@@ -207,6 +207,7 @@ def test_data_of_the_set_in_its_order(folder):
 def test_the_fingerprint_tells_sets_apart_and_not_where_they_lie(tmp_path):
     for name, counts in (("a", [2, 3]), ("b", [2, 3]), ("c", [3, 2]), ("d", [2, 3, 1])):
         write_set(tmp_path / name, counts)
-    a, b, c, d = (shard_data(f"{tmp_path}/{name}/*.tar").fingerprint for name in "abcd")
+    write_set(tmp_path / "e", [2, 3], first=1)
+    a, b, c, d, e = (shard_data(f"{tmp_path}/{name}/*.tar").fingerprint for name in "abcde")
     assert a == b
-    assert len({a, c, d}) == 3
+    assert len({a, c, d, e}) == 4
