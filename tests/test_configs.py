@@ -15,6 +15,7 @@ ELSEWHERE = {"likelihood", "mode"}  # groups of other verbs than train
 WITH = {  # what an option does not go without
     "schedule=zero_terminal_snr": ["prediction=v"],
     "schedule=learned": ["weighting=elbo_continuous"],
+    "data=remote": ["data.store.cache=cache"],
 }
 
 

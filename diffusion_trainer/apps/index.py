@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from webdataset.shardlists import expand_urls
@@ -55,7 +56,7 @@ def files(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         for name in expand_urls(pattern):
             name = f"{name.rstrip('/')}/*.tar" if Path(name).is_dir() else name
-            matching = [Path(p) for p in sorted(glob.glob(name)) if Path(p).is_file()]
+            matching = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
             if not matching:
                 raise UserError(f"no file matches {name} (looked in {Path(name).absolute().parent})")
             found |= dict.fromkeys(matching)
@@ -64,12 +65,16 @@ def files(patterns: Sequence[str]) -> list[Path]:
 
 def sites(patterns: Sequence[str], config: dict) -> list[Path | Site]:
     """The shards that paths, URLs, globs and braces name; UserError if one names none."""
-    remote = Remote(config["timeout_seconds"], config["storage_options"])
-    retries = Retries(config["retries"], 0.5)
+    try:
+        remote, retries = Remote(config["timeout_seconds"], config["storage_options"]), Retries(config["retries"], 0.5)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     out = Path(config["out"]) if config["out"] else None
     found: list[Path | Site] = []
     for pattern in patterns:
         if not is_url(pattern):
+            if out is not None:
+                raise UserError(f"out={out} is for shards at URLs; the index of {pattern} stands beside it")
             found += files([pattern])
             continue
         if is_pipe(pattern):
@@ -79,7 +84,7 @@ def sites(patterns: Sequence[str], config: dict) -> list[Path | Site]:
             found += [RemoteSite(each, remote, retries, out) for each in urls]
             if not urls:
                 raise UserError(f"no object matches {url}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -99,6 +104,10 @@ def main(arguments: Sequence[str]) -> int:
     processes = min(config["processes"] or os.cpu_count() or 1, len(paths))
     try:
         report = index(paths, processes, config["again"], config["keep_damaged"], config["image_sizes"], progress)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that indexes was killed (out of memory?); what was done stands: run the same command again"
+        ) from error
     except Gone as error:
         raise UserError(f"there is no such shard ({error}); what was done stands") from error
     except OSError as error:

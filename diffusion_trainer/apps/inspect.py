@@ -13,7 +13,7 @@ from statistics import median_low
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import Schema
@@ -33,7 +33,6 @@ from diffusion_trainer.streaming.inspecting import (
 
 SAY_EVERY_SECONDS = 5
 BYTES_PER_PROCESS = 1 << 29  # what is read in about the time that a process takes to start
-CELL = 128  # pixels, of the largest pictures in the grid
 LISTED = 20  # lines of a kind
 SHORT = 16  # characters of values that share a line
 EXAMPLES = 4  # of an extension's shapes and values
@@ -161,18 +160,16 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def _draw(arrays: Sequence[np.ndarray], out: Path) -> None:
-    """In cells of one size; small pictures are enlarged by a whole number, large ones made smaller."""
-    images = [Image.fromarray(array) for array in arrays]
-    largest = max(max(image.size) for image in images)
-    cell = min(CELL, largest)
-    cells = [ImageOps.pad(image, (cell, cell)) if max(image.size) > cell else _centred(image, cell) for image in images]
-    stacked = torch.from_numpy(np.stack([np.asarray(c) for c in cells])).permute(0, 3, 1, 2)
+def _draw(images: Sequence[Image.Image], out: Path) -> None:
+    """In cells of one size; small ones are enlarged by a whole number."""
+    cell = max(max(image.size) for image in images)
+    cells = np.stack([np.asarray(_centred(image, cell)) for image in images])
     columns = max(1, round(len(images) ** 0.5))
+    grid = pictures.grid(torch.from_numpy(cells).permute(0, 3, 1, 2), columns, pictures.scale_for(cell))
     try:
-        pictures.save(pictures.grid(stacked, columns, pictures.scale_for(cell)), out)
-    except OSError as error:
-        raise UserError(f"out: {out} cannot be written ({error.strerror or error}); out=null draws none") from error
+        pictures.save(grid, out)
+    except (OSError, ValueError) as error:  # the latter for a path without a name
+        raise UserError(f"out={out} cannot be written ({error}); out=null draws none") from error
     print(f"picture: {out} shows {len(images):,} of them")
 
 

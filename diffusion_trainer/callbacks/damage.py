@@ -38,10 +38,21 @@ class CountDamage(RunCallback):
         done = run.images_seen >= run.module.progress.num_images
         if not done and not crossed(previous, run.images_seen, self.every_n_images):
             return
-        found = [f for share in run.agreement.gather(self._new) for f in share]
+        if self._too_many():
+            run.save()
+            raise UserError(self._verdict())
+
+    def on_train_end(self, trainer, module) -> None:
+        if self._too_many():  # a stop came between two marks, and has saved
+            raise UserError(self._verdict())
+
+    def _too_many(self) -> bool:
+        """All ranks must ask: what they have found since the last time is told, and weighed against the budget."""
+        found = [f for share in self.run.agreement.gather(self._new) for f in share]
         self._new = []
         if found:
             self._tell(found)
+        return bool(found) and sum(self._counts.values()) > self.budget * self._seen
 
     def _tell(self, found: Sequence[Found]) -> None:
         run = self.run
@@ -53,10 +64,6 @@ class CountDamage(RunCallback):
         run.log({"data/damaged": total, **{f"data/damaged_{kind}": n for kind, n in self._counts.items()}})
         kinds = ", ".join(f"{n} {kind}" for kind, n in self._counts.most_common())
         run.say(f"  {total:,} damaged samples were replaced ({kinds}); {run.folder / LIST} lists them")
-        seen = max(run.images_seen - self._began, self.at_least)
-        if total > self.budget * seen:
-            run.save()
-            raise UserError(self._verdict(total, seen))
 
     def _write(self, found: Sequence[Found]) -> None:
         path = self.run.folder / LIST
@@ -67,10 +74,15 @@ class CountDamage(RunCallback):
                 rows.writerow(("images_seen", *Found._fields))
             rows.writerows((self.run.images_seen, *f) for f in found)
 
-    def _verdict(self, total: int, seen: int) -> str:
+    @property
+    def _seen(self) -> int:
+        return max(self.run.images_seen - self._began, self.at_least)
+
+    def _verdict(self) -> str:
         worst = "\n".join(f"  {n:>8,} {kind:<14} {shard}" for (kind, shard), n in self._shards.most_common(20))
         return (
-            f"{total:,} of {seen:,} samples are damaged, data.damage_budget={self.budget:g} allows fewer:\n{worst}\n"
+            f"{sum(self._counts.values()):,} of {self._seen:,} samples are damaged, data.damage_budget={self.budget:g} "
+            f"allows fewer:\n{worst}\n"
             f"{self.run.folder / LIST} lists all. Mend the shards (diffusion-trainer inspect names what is wrong), or "
             "raise the budget; the same command then goes on from the checkpoint"
         )

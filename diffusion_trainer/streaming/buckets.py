@@ -91,7 +91,7 @@ def bucketed(
     made, portions = [], []
     totals = [sum(len(shard) for shard in shards) for shards in assigned.values()]
     for b in range(len(shapes)):
-        picks = [[np.flatnonzero(shard == b) for shard in shards] for shards in assigned.values()]
+        picks = [[np.flatnonzero(shard == b).astype(np.uint32) for shard in shards] for shards in assigned.values()]
         counts = [[len(shard) for shard in shards] for shards in picks]
         portions.append(sum(w * sum(c) / n for w, c, n in zip(weights, counts, totals, strict=True)) / sum(weights))
         if portions[b] * period < 1:

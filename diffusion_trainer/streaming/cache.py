@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from diffusion_trainer.conventions import UserError
@@ -21,6 +22,8 @@ from diffusion_trainer.streaming.remote import FULL
 
 AT_ONCE = 16  # a full cache loses at least a sixteenth: who keeps a million small pieces does not list them for each
 
+FULL_TRIES = 20
+POLL_SECONDS = 0.02
 RELEASE_SECONDS = 2.0  # twice what a reader takes to close files of removed entries (files.py)
 
 Fetch = Callable[[Path], None]  # fills a file
@@ -31,8 +34,8 @@ class Cache:
 
     An entry's file that somebody has open can be read on when it is removed.
 
-    wait: whether to wait for what others fetch, and to remove entries from a disk that is full. release: called when
-    entries were removed for want of disk space, to close the files of removed ones.
+    wait: whether to wait for what others fetch, and to remove entries from a disk that is full. release: called
+    while it waits, to close files of removed entries.
     """
 
     def __init__(self, folder: Path, limit: int, wait: bool = True, release: Callable[[], None] = lambda: None):
@@ -54,14 +57,15 @@ class Cache:
         with self._explained():
             while True:
                 descriptor = self._entry(name)
-                if descriptor is not None:
-                    return descriptor
-                with self._claimed(name) as claim:
-                    if claim is not None:
+                if descriptor is None:
+                    with self._claimed(name) as claim:
                         descriptor = self._entry(name)
-                        return self._filled(name, size, claim, fetch) if descriptor is None else descriptor
-                if not self.wait:
-                    return None
+                        if claim is not None and descriptor is None:
+                            descriptor = self._filled(name, size, claim, fetch)
+                if descriptor is not None or not self.wait:
+                    return descriptor
+                self.release()  # who fetches may need the space
+                time.sleep(POLL_SECONDS)
 
     def _entry(self, name: str) -> int | None:
         try:
@@ -73,11 +77,11 @@ class Cache:
 
     @contextmanager
     def _claimed(self, name: str) -> Iterator[int | None]:
-        """The right to fetch the entry: its lock; None if another has it (or had it, while we waited)."""
+        """The right to fetch the entry: its lock; None if another has it."""
         self._make_folders()  # a cache may be emptied while runs go on
         path = self.fetching / f"{name}.lock"
-        with locked(path, self.wait) as lock:
-            if lock is None or os.fstat(lock).st_nlink == 0:  # its holder removed it when it was done
+        with locked(path, wait=False) as lock:
+            if lock is None or os.fstat(lock).st_nlink == 0:  # removed by its holder, who was done just then
                 yield None
                 return
             try:
@@ -104,7 +108,7 @@ class Cache:
 
     def _written(self, part: Path, size: int, fetch: Fetch) -> int:
         """Its descriptor. Removes entries while the disk is full."""
-        while True:
+        for tries in count(1):
             part.unlink(missing_ok=True)
             try:
                 fetch(part)
@@ -115,31 +119,25 @@ class Cache:
                 if error.errno not in FULL or not self.wait:
                     raise
                 part.unlink(missing_ok=True)
-                if not self._make_room(size):
+                if not self._make_room(size) or tries == FULL_TRIES:
                     raise UserError(
                         f"the disk of the cache {self.folder} is full: {size} bytes are needed, {self._free()} are "
                         "free. Make room, or choose another cache"
                     ) from error
 
     def _reserve(self, name: str, claim: int, size: int) -> bool:
-        """Takes room, removing entries for it; waits if what others fetch takes all of it."""
-        while True:
-            with self._accounts() as accounts:
-                self._forget(accounts, name, claim)
-                used = _read(accounts)
-                if used is not None and used + size <= self.limit:
-                    taken = {}
-                else:
-                    taken = self._taken(accounts)
-                    used = self._evict(self.limit - size, self.limit - self.limit // AT_ONCE, sum(taken.values()))
-                if sum(taken.values()) + size <= self.limit:
-                    os.ftruncate(claim, size)
-                    _write(accounts, used + size)
-                    return True
-            if not self.wait:
+        """Takes room, removing entries for it; False if what others fetch takes all of it."""
+        with self._accounts() as accounts:
+            self._forget(accounts, name, claim)
+            used, taken = _read(accounts), 0
+            if used is None or used + size > self.limit:
+                taken = sum(self._taken(accounts).values())
+                used = self._evict(self.limit - size, self.limit - self.limit // AT_ONCE, taken)
+            if taken + size > self.limit:
                 return False
-            with suppress(FileNotFoundError), locked(next(iter(taken)), create=False):
-                pass  # one of them is done
+            os.ftruncate(claim, size)
+            _write(accounts, used + size)
+            return True
 
     def _evict(self, most: int, goal: int, taken: int) -> int:
         """Counts the entries and what is taken. If that is more than `most`, removes entries, those first that were
@@ -158,18 +156,19 @@ class Cache:
         return used
 
     def _make_room(self, size: int) -> bool:
-        """On a full disk: whether there was something to remove."""
+        """On a full disk: whether anything was removed, or others are fetching what can be removed then."""
         with self._accounts() as accounts:
-            taken = sum(self._taken(accounts).values())
-            before = sum(found for _, found, _ in _listed(self.entries)) + taken
-            goal = max(taken, before - size)
-            left = self._evict(goal, goal, taken)
+            taken = self._taken(accounts)
+            used = sum(taken.values())
+            before = sum(found for _, found, _ in _listed(self.entries)) + used
+            goal = max(used, before - size)
+            left = self._evict(goal, goal, used)
             _write(accounts, left)
         self.release()
         deadline = time.monotonic() + RELEASE_SECONDS  # others close the files of removed entries soon
-        while left < before and self._free() < size and time.monotonic() < deadline:
-            time.sleep(RELEASE_SECONDS / 50)
-        return left < before
+        while (left < before or len(taken) > 1) and self._free() < size and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return left < before or len(taken) > 1
 
     def _free(self) -> int:
         return shutil.disk_usage(self.folder).free
@@ -182,8 +181,9 @@ class Cache:
         for path in self.fetching.glob("*.lock"):
             with suppress(FileNotFoundError), locked(path, wait=False, create=False) as lock:
                 if lock is not None:
-                    self._forget(accounts, path.stem, lock)
-                    path.unlink(missing_ok=True)
+                    if os.fstat(lock).st_nlink:  # else the name is another's by now
+                        self._forget(accounts, path.stem, lock)
+                        path.unlink()
                     continue
                 parts.discard(path.with_suffix(".part"))
                 size = path.stat().st_size

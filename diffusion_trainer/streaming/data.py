@@ -1,5 +1,6 @@
 """Shards with an index, as data of a configuration."""
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -72,12 +73,15 @@ class ShardData(Data):
     @cached_property
     def by_source(self) -> dict[str, list[Shard]]:
         """The shards of each source; UserError if there are none."""
-        chosen = self.sources or {"shards": Source(self.shards)}
-        return {
-            name: [shard for pattern in _listed(source.shards) for shard in self.store.find(pattern)]
-            for name, source in chosen.items()
-            if source is not None
-        }
+        chosen = self.sources if self.sources is not None else {"shards": Source(self.shards)}
+        found = {}
+        for name, source in chosen.items():
+            if source is not None:
+                shards = [shard for pattern in _listed(source.shards) for shard in self.store.find(pattern)]
+                found[name] = list({shard.url: shard for shard in shards}.values())  # two patterns may name the same
+                if not shards:
+                    raise UserError(f"data: source {name} names no shards")
+        return found
 
     @cached_property
     def samples(self) -> Samples:
@@ -106,7 +110,8 @@ class ShardData(Data):
             name: [(shard.url.rpartition("/")[2], shard.samples, shard.crc32) for shard in shards]
             for name, shards in self.by_source.items()
         }
-        return blake2b(repr(known).encode(), digest_size=16).hexdigest()
+        sizes = [zlib.crc32(self.store.sidecar(s, SIZES)) for s in self.samples.shards] if self.buckets else []
+        return blake2b(repr((known, sizes) if sizes else known).encode(), digest_size=16).hexdigest()
 
     def loader(self, layout: Layout, seed: int, lanes: int, first_step: int, last_step: int) -> Loader:
         items = range(first_step * layout.micro_batches, last_step * layout.micro_batches)
@@ -142,35 +147,50 @@ class ShardData(Data):
         arrays = [np.empty(entry.shape, entry.dtype) for entry in self.decoder.entries(len(indices))]
         objects = self.decoder.no_objects()
         for row, i in enumerate(indices):
-            k, sample = self.place(i)
-            try:
-                values = self.decoder(self.samples.read(k, sample), arrays, row, SampleDraws(0, i))
-            except Damage as damage:
-                shard = self.samples.shards[k].url
-                raise UserError(f"shard {shard}, sample {sample} ({damage.kind}): {damage}") from damage
-            for name, value in values.items():
+            for name, value in self._decode(self.decoder, i, arrays, row).items():
                 objects[name].append(value)
         return self.decoder.batch([torch.from_numpy(array) for array in arrays], objects)
+
+    def _decode(self, decoder: Decoder, i: int, arrays: Sequence[np.ndarray], row: int) -> dict[str, Any]:
+        k, sample = self.place(i)
+        try:
+            return decoder(self.samples.read(k, sample), arrays, row, SampleDraws(0, i))
+        except Damage as damage:
+            shard = self.samples.shards[k].url
+            raise Unusable(f"shard {shard}, sample {sample} ({damage.kind}): {damage}") from damage
 
     def labelled(self, label: int) -> Iterator[int]:
         """Numbers of the samples of a class, in the order of the shards; their images are not decoded."""
         decoder = Decoder({"label": self.entries["label"]})
         value = np.empty(1, np.int64)
         for i in range(self.count):
-            decoder(self.samples.read(*self.place(i)), [value], 0, SampleDraws(0, i))
+            self._decode(decoder, i, [value], 0)
             if value[0] == label:
                 yield i
 
     def first(self, count: int) -> dict[str, Any]:
         if not self.count:
             raise UserError("data.shards: there are no samples in them")
-        return self.batch(range(min(count, self.count)))
+        usable, why = [], None
+        for i in range(min(count, self.count)):
+            try:
+                self.batch([i])
+                usable.append(i)
+            except Unusable as damaged:  # it will be replaced and counted when it comes
+                why = why or damaged
+        if not usable:
+            raise UserError(f"none of the first {min(count, self.count)} samples can be used: {why}")
+        return self.batch(usable)
 
     def once(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
         """Every sample once, in the order of the shards, dealt over the ranks; the last batch may be short."""
         mine = range(rank, self.count, world)
         for first in range(0, len(mine), batch_size):
             yield self.batch(mine[first : first + batch_size])
+
+
+class Unusable(UserError):
+    """A damaged sample that was asked for by its number."""
 
 
 def _listed(patterns: str | Sequence[str]) -> Sequence[str]:

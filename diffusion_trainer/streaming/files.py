@@ -108,7 +108,7 @@ class Files:
     def _warn_if_evicted(self, key: tuple[str, int]) -> None:
         if time.monotonic() - self._evicted.pop(key, -TOUCH_SECONDS) < TOUCH_SECONDS:
             warnings.warn(
-                f"the cache {self.cache.folder} is too small: {key[0]} is fetched again within a minute. "
+                f"the cache {self.cache.folder} is too small: shards are removed and fetched again within a minute. "
                 f"Raise cache_bytes={self.cache.limit}, or fetch pieces (piece_bytes)",
                 stacklevel=2,
             )

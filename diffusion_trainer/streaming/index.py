@@ -7,11 +7,13 @@ Next to the tars stand `index.json` (wids' layout: one entry a shard), and for e
     X.tar.size   where aspect buckets are wanted: n heights and widths of the images, little-endian uint32 (0: unknown)
 """
 
+import fcntl
 import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -142,16 +144,28 @@ def write_sidecars(path: Path, found: Scan) -> None:
 def write_index(folder: Path, shards: Iterable[Shard]) -> None:
     """Adds the shards (their urls are names in the folder) to its index.json, or replaces their entries."""
     path = folder / INDEX
-    replace_file(path, merged(path.read_bytes() if path.exists() else None, shards, str(path)))
+    with locked(folder):
+        known = read_index(path) if path.exists() else ()
+        every = {shard.url: shard for shard in (*known, *shards)}
+        replace_file(path, serialized(every.values()))
 
 
-def merged(listed: bytes | None, shards: Iterable[Shard], where: str, without: Container[str] = ()) -> bytes:
-    """An index.json with the shards added, or their entries replaced, and `without` some names."""
-    known = parse_index(listed, where) if listed is not None else ()
-    every = {shard.url: shard for shard in (*known, *shards) if shard.url not in without}
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time changes the folder's index."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def serialized(shards: Iterable[Shard]) -> bytes:
+    """As index.json."""
     lines = ",\n".join(
         json.dumps({"url": s.url, "nsamples": s.samples, "filesize": s.size, "crc32": s.crc32})
-        for s in sorted(every.values(), key=lambda s: s.url)
+        for s in sorted(shards, key=lambda s: s.url)
     )
     return f'{json.dumps(KIND)[:-1]}, "shardlist": [\n{lines}\n]}}\n'.encode()
 
@@ -167,7 +181,8 @@ def parse_index(data: bytes, where: str) -> list[Shard]:
         return [Shard(e["url"], int(e["nsamples"]), int(e["filesize"]), int(e["crc32"])) for e in listed]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{where} is no index of shards ({type(error).__name__}: {error}); make it again: diffusion-trainer index"
+            f"{where} is no index of shards ({type(error).__name__}: {error}); make it anew: diffusion-trainer index "
+            "<shards> again=true"
         ) from error
 
 

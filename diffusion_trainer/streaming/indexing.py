@@ -1,5 +1,7 @@
 """Makes the index of shards, in parallel."""
 
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_trainer.streaming.decoding import IMAGES, image_size
-from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Scan, Shard, merged, parse_index, scan
+from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, SIZES, Scan, Shard, scan
 from diffusion_trainer.streaming.sites import LocalSite, Site
 from diffusion_trainer.streaming.tar import Cutter
+from diffusion_trainer.streaming.writing import end_with_parent
 
 SAVE_EVERY = 1000  # shards: what an interruption may cost
 
@@ -43,9 +46,12 @@ def index(
     """
     sites = [LocalSite(place) if isinstance(place, Path) else place for place in places]
     report, size = Report(), 0
+    if again:
+        for here in _by_folder(sites).values():
+            here[0].begin_anew()
     todo = sites if again else _without_index(sites, image_sizes, report)
     found: list[tuple[Site, Shard | None]] = []  # None: it is not to be in the index
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
         try:
             jobs = {pool.submit(_scan, site, keep_damaged, image_sizes): site for site in todo}
             for done, job in enumerate(as_completed(jobs), 1):
@@ -71,8 +77,7 @@ def _without_index(sites: Sequence[Site], image_sizes: bool, report: Report) -> 
     suffixes = (OFFSETS, CHECKSUMS, SIZES) if image_sizes else (OFFSETS, CHECKSUMS)
     todo = []
     for here in _by_folder(sites).values():
-        listed = here[0].beside(INDEX)
-        entries = {s.url: s for s in parse_index(listed, f"{here[0].folder}{INDEX}")} if listed is not None else {}
+        entries = {shard.url: shard for shard in here[0].listed()}
         for site in here:
             entry = entries.get(site.name)
             if entry is None or not site.is_indexed(entry.size, suffixes):
@@ -86,13 +91,16 @@ def _without_index(sites: Sequence[Site], image_sizes: bool, report: Report) -> 
 def _save(found: list[tuple[Site, Shard | None]], report: Report) -> None:
     shards = {str(site): shard for site, shard in found}
     for here in _by_folder([site for site, _ in found]).values():
-        first, gone = here[0], {site.name for site in here if shards[str(site)] is None}
         kept = [shard for site in here if (shard := shards[str(site)]) is not None]
-        listed = first.beside(INDEX)
-        if kept or listed is not None:
-            first.put(INDEX, merged(listed, kept, f"{first.folder}{INDEX}", gone))
+        here[0].list(kept, without={site.name for site in here if shards[str(site)] is None})
         report.shards += kept
     found.clear()
+
+
+def _begin() -> None:
+    """Of a process of the pool: Ctrl-C is the parent's to handle, and none outlives it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _by_folder(sites: Sequence[Site]) -> dict[str, list[Site]]:

@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from webdataset.shardlists import expand_urls
 
 from diffusion_trainer.conventions import UserError
@@ -26,6 +27,7 @@ from diffusion_trainer.streaming.stores import LocalStore
 WRONG_INDEX = "wrong_index"  # beside the kinds of damage: what the index says does not fit
 WHOLE = -1  # the sample of a finding that concerns the whole shard
 MAX_BYTES = 1 << 28  # of a sample that is looked at
+THUMBNAIL = 128  # pixels, the larger side of pictures that are kept
 MAX_VALUES = 10_000  # different ones of an extension that are counted
 
 
@@ -163,7 +165,7 @@ class Survey:
     looked_at: int = 0
     seconds: float = 0.0  # of reading and decoding
     members: dict[str, Member] = field(default_factory=dict)
-    pictures: list[np.ndarray] = field(default_factory=list)  # (H, W, 3) uint8, of any sizes
+    pictures: list[Image.Image] = field(default_factory=list)  # RGB, made smaller if they are large
     found: list[Found] = field(default_factory=list)
 
 
@@ -197,8 +199,14 @@ def look(contents: Sequence[Contents], num_samples: int | None, num_pictures: in
         if usable[k]:
             picture = _look_at(samples, k, number - ends[k] + here[k].shard.samples, survey)
             if picture is not None and j * num_pictures // count < (j + 1) * num_pictures // count:
-                survey.pictures.append(picture)
+                survey.pictures.append(_small(picture))
     return survey
+
+
+def _small(pixels: np.ndarray) -> Image.Image:
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return picture
 
 
 def _has_tables(shard: Shard, survey: Survey) -> bool:

@@ -101,7 +101,11 @@ class Loader:
             worker_init_fn=_outlive_a_stop,
             multiprocessing_context="fork" if self.workers else None,  # the ring is mapped in both
         )
-        for item, piece in zip(self.items, loader, strict=False):
+        pieces = iter(loader)
+        for item in self.items:
+            piece = _next(pieces)
+            if piece is None:  # an error before was the last word
+                return
             yield {"error": piece} if isinstance(piece, str) else self._batch(item, piece, ring)
 
     def _batch(self, item: int, piece: Piece, ring: Ring) -> dict[str, Any]:
@@ -110,6 +114,18 @@ class Loader:
         batch = self.decoder.batch([_copy(array) for array in ring.arrays(piece.slot, piece.bucket)], objects)
         first = self.layout.numbers(item).start
         return batch | {"first": first, "samples": torch.from_numpy(samples), "damage": found}
+
+
+def _next(pieces: Iterator[Piece | str]) -> Piece | str | None:
+    try:
+        return next(pieces, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return (  # torch's own message, with what to do
+            f"{str(error).splitlines()[0]} Perhaps the memory did not suffice: use fewer data.num_workers or a smaller "
+            "data.prefetch. The newest checkpoint stands: run the same command again to resume from it"
+        )
 
 
 def _copy(array: np.ndarray) -> Tensor:

@@ -10,7 +10,7 @@ from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, Shard
 from diffusion_trainer.streaming.stores import Store, stale
 from diffusion_trainer.streaming.tar import Cutter, key_and_extension, members
 
-MAX_TABLES = 128  # shards whose offsets one process keeps
+MAX_TABLE_BYTES = 1 << 26  # of the offsets and checksums that one process keeps
 
 
 class Samples:
@@ -19,6 +19,7 @@ class Samples:
     def __init__(self, shards: Sequence[Shard], store: Store, max_bytes: int):
         self.shards, self.store, self.max_bytes = shards, store, max_bytes
         self._tables: OrderedDict[int, tuple[array, array]] = OrderedDict()
+        self._table_bytes = 0
         self._cut = Cutter()
         self._buffer = memoryview(bytearray(1 << 16))
 
@@ -61,6 +62,11 @@ class Samples:
         if offsets[-1] > shard.size:
             raise stale(shard)
         self._tables[k] = offsets, checksums
-        if len(self._tables) > MAX_TABLES:
-            self._tables.popitem(last=False)
+        self._table_bytes += _size(offsets, checksums)
+        while self._table_bytes > MAX_TABLE_BYTES and len(self._tables) > 1:
+            self._table_bytes -= _size(*self._tables.popitem(last=False)[1])
         return offsets, checksums
+
+
+def _size(*numbers: array) -> int:
+    return sum(n.itemsize * len(n) for n in numbers)

@@ -2,7 +2,7 @@
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.index import replace_file
+from diffusion_trainer.streaming.index import INDEX, Shard, locked, parse_index, replace_file, serialized
 from diffusion_trainer.streaming.remote import Gone, Remote, read
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.urls import located
@@ -42,6 +42,31 @@ class Site(ABC):
     @abstractmethod
     def local(self) -> Iterator[Path]:
         """A context in which the shard is a file of this machine."""
+
+    def listed(self) -> list[Shard]:
+        """What its folder's index holds; UserError for one that is none."""
+        data = self.beside(INDEX)
+        return parse_index(data, f"{self.folder}{INDEX}") if data is not None else []
+
+    def begin_anew(self) -> None:
+        """Takes out of its folder's index what is there no more, and empties one that is none."""
+        try:
+            gone = self.gone()
+        except UserError:
+            return self.put(INDEX, serialized([]))
+        if gone:
+            self.list([], without=gone)
+        return None
+
+    def list(self, shards: Sequence[Shard], without: Container[str]) -> None:
+        """Adds shards to its folder's index and takes others out."""
+        every = {shard.url: shard for shard in (*self.listed(), *shards) if shard.url not in without}
+        if every or self.has(INDEX):
+            self.put(INDEX, serialized(every.values()))
+
+    def gone(self) -> set[str]:
+        """Of the shards that its folder's index lists, those that are there no more, where that is cheap to tell."""
+        return set()
 
     def is_indexed(self, size: int, suffixes: Sequence[str]) -> bool:
         """Whether it has the size that the index says, and all files beside it."""
@@ -75,6 +100,13 @@ class LocalSite(Site):
 
     def has(self, name: str) -> bool:
         return self.path.with_name(name).is_file()
+
+    def list(self, shards: Sequence[Shard], without: Container[str]) -> None:
+        with locked(self.path.parent):
+            super().list(shards, without)
+
+    def gone(self) -> set[str]:
+        return {shard.url for shard in self.listed() if not self.has(shard.url)}
 
     @contextmanager
     def local(self) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 import fnmatch
 import glob
 import os
+import resource
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import MissingShard, Truncated
 from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, read_index
 
-MAX_OPEN = 256  # files of one process
+MAX_OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # files of one process
 
 
 class Store(ABC):
@@ -103,7 +104,8 @@ def _matching(name: str, indexes: dict[Path, dict[str, Shard]]) -> list[Shard]:
     if path.is_dir():
         raise UserError(f"shards: {name} is a folder; name its files: {name.rstrip('/')}/*.tar")
     found: list[Shard] = []
-    for folder in sorted(Path(f) for f in glob.glob(str(path.parent))):
+    folders = [path.parent] if path.parent.is_dir() else map(Path, glob.glob(str(path.parent), recursive=True))
+    for folder in sorted(folders):
         if folder not in indexes:
             listed = read_index(folder / INDEX) if (folder / INDEX).is_file() else []
             indexes[folder] = {shard.url: shard for shard in listed}

@@ -126,7 +126,7 @@ def _workers(job: Job, parts: Sequence[Sequence[int]]) -> Iterator[dict[Connecti
 
 
 def _work(job: Job, todo: Sequence[int], sender: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         for k in todo:
             sender.send(job.write(k))
@@ -134,7 +134,7 @@ def _work(job: Job, todo: Sequence[int], sender: Connection) -> None:
         sender.send(error)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     parent_process().join()
     os._exit(1)
 

@@ -72,13 +72,10 @@ def test_another_index_is_refused_when_a_run_goes_on(workplace, shards):
     code, output = finish(command(*RUN, "num_images=160", cwd=workplace))
     assert code == 0, output
     (shards / "train-000005.tar").unlink()
+    code, output = finish(command(*RUN, "num_images=320", "data.damage_budget=0.5", cwd=workplace))
+    assert code == 0, output  # the index names it still: a shard is missing
     code, output = finish(command("index", "mine", "again=true", cwd=workplace))
     assert code == 0, output
-    code, output = finish(command(*RUN, "num_images=320", "data.damage_budget=0.5", cwd=workplace))
-    assert code == 0, output  # the index still names it: it is a missing shard
-    index = (shards / "index.json").read_text().splitlines()
-    (shards / "index.json").write_text("\n".join(line for line in index if "train-000003" not in line))
-    (shards / "train-000003.tar").unlink()
-    code, output = finish(command(*RUN, "num_images=480", "data.damage_budget=0.5", cwd=workplace))
+    code, output = finish(command(*RUN, "num_images=480", cwd=workplace))
     assert code == 2, output
     assert "has been training on shards with another index" in output

@@ -14,10 +14,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import flaky
 import numpy as np
 import pytest
-from flaky import serving
+from streaming import flaky
+from streaming.flaky import serving
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.cache import Cache

@@ -18,7 +18,7 @@ from diffusion_trainer.streaming.indexing import index
 @pytest.fixture(autouse=True)
 def threads(monkeypatch):
     """In place of processes, which take seconds to start; tests/apps/test_index_command.py has real ones."""
-    monkeypatch.setattr(indexing, "ProcessPoolExecutor", lambda n, mp_context: ThreadPoolExecutor(n))
+    monkeypatch.setattr(indexing, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
 
 
 @pytest.fixture

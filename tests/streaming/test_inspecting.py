@@ -126,6 +126,7 @@ DAMAGE = {
     "no offsets": (lambda f: Path(f"{f}.idx").unlink(), [("wrong_index", WHOLE)]),
     "no checksums": (lambda f: Path(f"{f}.crc").unlink(), [("wrong_index", WHOLE)]),
     "short offsets": (lambda f: cut(Path(f"{f}.idx"), 80), [("wrong_index", WHOLE)]),
+    "an end outside": (lambda f: flip(Path(f"{f}.idx"), 8 * 10 + 2), [("wrong_index", WHOLE)]),
     "offsets outside": (lambda f: flip(Path(f"{f}.idx"), 8 * 5 + 2), [("wrong_index", WHOLE)]),
     "offsets that go back": (lambda f: back(Path(f"{f}.idx")), [("wrong_index", WHOLE)]),
     "another count": (lambda f: rewrite_index(f.parent, nsamples=9), [("wrong_index", WHOLE)]),
@@ -173,8 +174,8 @@ def test_a_look_is_spread_over_the_shards_and_reads_as_many_as_were_asked(shards
     contents = [examine(listed, False) for listed in find(f"{shards}/*.tar")]
     survey = look(contents, 6, 3)
     assert survey.looked_at == 6
-    assert [p[0, 0, 0] for p in look(contents, 6, 6).pictures] == [2, 7, 12, 17, 22, 27]
-    assert [p[0, 0, 0] for p in survey.pictures] == [7, 17, 27]
+    assert [np.asarray(p)[0, 0, 0] for p in look(contents, 6, 6).pictures] == [2, 7, 12, 17, 22, 27]
+    assert [np.asarray(p)[0, 0, 0] for p in survey.pictures] == [7, 17, 27]
     assert {e: (len(m.sizes), dict(m.shapes)) for e, m in survey.members.items()} == {
         "png": (6, {"4 x 6 grey PNG": 6}), "cls": (6, {"label": 6})
     }  # fmt: skip
@@ -184,6 +185,13 @@ def test_a_look_is_spread_over_the_shards_and_reads_as_many_as_were_asked(shards
     assert (every.looked_at, len(every.pictures)) == (30, 30)
     assert look(contents, 1, 1).looked_at == 1
     assert look([], 5, 5).looked_at == 0
+
+
+def test_large_pictures_are_kept_small(tmp_path):
+    write_shards([{"__key__": "1", "png": png(9, (700, 1400))}], tmp_path, "a", 1)
+    (picture,) = look([examine(listed, False) for listed in find(str(tmp_path))], None, 9).pictures
+    assert picture.size == (128, 64)
+    assert (np.asarray(picture) == 9).all()
 
 
 def test_a_look_finds_what_training_would(shards):
@@ -254,6 +262,13 @@ def test_a_member_is_described(extension, data, shape, value):
     assert (found.picture is None) == (extension[-3:] not in ("png", "jpg"))
 
 
+def test_one_coloured_pixel_makes_a_picture_a_colour_one():
+    pixels, file = np.zeros((20, 20, 3), np.uint8), io.BytesIO()
+    pixels[3, 3, 0] = 1
+    Image.fromarray(pixels).save(file, format="png")
+    assert describe("png", memoryview(file.getvalue())).shape == "20 x 20 colour PNG"
+
+
 class Bomb:
     """A pickle that leaves a file where it is loaded."""
 
@@ -279,32 +294,35 @@ def test_nothing_runs_code(tmp_path):
     assert not mark.exists()
 
 
-def bomb_png() -> bytes:
-    """A header that says 50,000 x 50,000."""
+def bomb_png(side: int) -> bytes:
+    """A header that says so many pixels."""
     data = bytearray(png())
-    data[16:24] = (50_000).to_bytes(4, "big") * 2
+    data[16:24] = side.to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 
 
-def bomb_npz(size: int = 1 << 24) -> bytes:
+def bomb_npz(size: int, count: int = 1) -> bytes:
     """Zeros, a thousandth of their size."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x.npy", npy(np.zeros(size, np.uint8)))
+        for name in "xyz"[:count]:
+            archive.writestr(f"{name}.npy", npy(np.zeros(size, np.uint8)))
     return file.getvalue()
 
 
 def test_bombs_do_not_go_off():
-    with pytest.raises(TooLarge):
-        describe("png", memoryview(bomb_png()))
+    for side in (10_000, 50_000):  # Pillow itself would stop at the second
+        with pytest.raises(TooLarge):
+            describe("png", memoryview(bomb_png(side)))
     with pytest.raises(Undecodable):
         describe("json", memoryview(b"[" * 200_000))
     with pytest.raises(TooLarge):
         describe("txt", memoryview(bytes(1 << 27)))
-    assert describe("npz", memoryview(bomb_npz())).shape == "x (16777216,) uint8"
-    with pytest.raises(TooLarge):
-        describe("npz", memoryview(bomb_npz(1 << 27)))
+    assert describe("npz", memoryview(bomb_npz(1 << 24))).shape == "x (16777216,) uint8"
+    for bomb in (bomb_npz(1 << 27), bomb_npz(1 << 25, 3)):
+        with pytest.raises(TooLarge):
+            describe("npz", memoryview(bomb))
 
 
 SEEDS = {

@@ -195,9 +195,9 @@ def test_the_thousand_millionth_sample_of_a_hundred_thousand_shards_comes_at_onc
         mix = Mix([Order(counts, 0, f"{s}", lanes, 16384) for s in range(sources)], shares([1] * sources, 1000))
         return mix(range(10**9, 10**9 + 256))
 
-    begin = time.perf_counter()
+    begin = time.process_time()
     places = batch()
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     tracemalloc.start()
     try:
         batch()

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming.making import END, Number, Row, indexed, member, members_of, python_tar, row, shard_data, write_set
+from streaming.making import (
+    END,
+    Number,
+    Row,
+    indexed,
+    member,
+    members_of,
+    python_tar,
+    row,
+    shard_data,
+    write_set,
+)
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming import samples as reading
@@ -54,7 +65,7 @@ def test_a_large_sample_after_a_small_one(tmp_path):
 
 
 def test_more_shards_than_tables_and_open_files_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_TABLES", 2)
+    monkeypatch.setattr(reading, "MAX_TABLE_BYTES", 64)  # of two shards with two samples
     monkeypatch.setattr(stores, "MAX_OPEN", 2)
     write_set(tmp_path, [2] * 6)
     samples = opened(tmp_path)
@@ -188,6 +199,16 @@ def test_shards_that_cannot_be_used_are_refused_before_the_start(folder):
             find(f"{folder}/{pattern}")
     with pytest.raises(UserError, match="not a local path"):
         find("s3://bucket/x.tar")
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    write_set(tmp_path / "run[1]", [2])
+    assert names(LocalStore().find(f"{tmp_path}/run[1]/*.tar")) == ["000"]
+
+
+def test_a_shard_that_two_patterns_name_is_one_shard(folder):
+    """Else its samples would come twice an epoch without a word."""
+    assert shard_data([f"{folder}/*.tar", f"{folder}/x-000.tar"]).count == sum(COUNTS)
 
 
 def test_data_of_the_set_in_its_order(folder):
