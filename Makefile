@@ -38,4 +38,4 @@ format: $(READY)  ## let ruff rewrite the files
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 clean:  ## remove what the commands above made
-	rm -rf $(VENV) runs shards build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs shards build *.egg-info .pytest_cache .ruff_cache .hypothesis

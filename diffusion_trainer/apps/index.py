@@ -13,6 +13,7 @@ from webdataset.shardlists import expand_urls
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import Schema
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES
 from diffusion_trainer.streaming.indexing import Report, index
 from diffusion_trainer.streaming.remote import Gone, Remote
 from diffusion_trainer.streaming.retries import Retries
@@ -20,6 +21,7 @@ from diffusion_trainer.streaming.sites import RemoteSite, Site
 from diffusion_trainer.streaming.urls import is_pipe, is_url
 
 SAY_EVERY_SECONDS = 5
+BESIDE = (OFFSETS, CHECKSUMS, SIZES)  # what an index has made
 ASK = "say which shards: diffusion-trainer index 'shards/train-*.tar'"
 
 
@@ -56,7 +58,8 @@ def files(patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         for name in expand_urls(pattern):
             name = f"{name.rstrip('/')}/*.tar" if Path(name).is_dir() else name
-            matching = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]
+            there = (Path(p) for p in sorted(glob.glob(name, recursive=True)))
+            matching = [p for p in there if p.is_file() and p.name != INDEX and p.suffix not in BESIDE]
             if not matching:
                 raise UserError(f"no file matches {name} (looked in {Path(name).absolute().parent})")
             found |= dict.fromkeys(matching)

@@ -15,7 +15,7 @@ CHUNK = 1 << 16
 def run(url: str, write: Callable[[bytes], Any], timeout_seconds: float) -> None:
     """Hands the command's output to `write`, piece by piece; Sick if it fails or is silent for so long."""
     try:
-        pipe = gopen_pipe(url, bufsize=0)  # no buffer, which `select` could not see
+        pipe = gopen_pipe(url, bufsize=0)  # no buffer, which `poll` could not see
     except ValueError as error:  # WDS_SECURE is set
         raise UserError(f"{url}: webdataset refuses it ({error})") from error
     try:
@@ -31,10 +31,10 @@ def run(url: str, write: Callable[[bytes], Any], timeout_seconds: float) -> None
 
 
 def _copy(stream: Any, write: Callable[[bytes], Any], timeout_seconds: float) -> None:
-    data = b"-"
+    data, waiting = b"-", select.poll()  # `select` knows no descriptors above 1023
+    waiting.register(stream, select.POLLIN)
     while data:
-        ready, _, _ = select.select([stream], [], [], timeout_seconds)
-        if not ready:
+        if not waiting.poll(1000 * timeout_seconds):
             raise Sick(f"the command was silent for {timeout_seconds} s")
         data = stream.read(CHUNK)
         write(data)

@@ -160,7 +160,9 @@ def test_sampling_waits_for_no_device_between_its_first_and_its_last_step(tmp_pa
     for where in ("cpu", device):
         module = rank.module_of(config, tmp_path, rank.progress_of(config), where).to(where).eval()
         generator = generator_of(config, module.model, module.objective, torch.device(where), 0)
-        generator.draw([0], torch.tensor([0]))  # what is known of each level is looked up once
+        labels, first = torch.arange(6).to(where), SampleNoise(0, list(range(6)), generator.shape, generator.device)
+        parts = generator.denoiser, generator.schedule, generator.variance
+        generator.sampler(*parts, first(), labels, first)  # what is known of each level is looked up once
         noise = SampleNoise(0, list(range(6)), generator.shape, generator.device)
         waiting = never_waiting(where)
 
@@ -170,15 +172,7 @@ def test_sampling_waits_for_no_device_between_its_first_and_its_last_step(tmp_pa
             elif i == 7:  # before the one look at the numbers
                 waiting.__exit__(None, None, None)
 
-        arguments = (
-            generator.denoiser,
-            generator.schedule,
-            generator.variance,
-            noise(),
-            torch.arange(6).to(where),
-            noise,
-        )
-        drawn.append(generator.sampler(*arguments, on_step=watch).cpu())
+        drawn.append(generator.sampler(*parts, noise(), labels, noise, on_step=watch).cpu())
     torch.testing.assert_close(drawn[1], drawn[0], atol=1e-3, rtol=1e-3)
 
 
