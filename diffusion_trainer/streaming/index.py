@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,7 @@ class Shard:
     samples: int
     size: int  # bytes of the tar
     crc32: int  # of the whole tar
+    checksums: int | None = None  # CRC-32 of the .crc file: it says which bytes the samples had; None: not known
 
 
 class Scan(NamedTuple):
@@ -54,7 +55,7 @@ class Scan(NamedTuple):
         return {OFFSETS: self.offsets.tobytes(), CHECKSUMS: self.checksums.tobytes()}
 
     def shard(self, url: str) -> Shard:
-        return Shard(url, len(self.checksums), self.size, self.crc32)
+        return Shard(url, len(self.checksums), self.size, self.crc32, zlib.crc32(self.checksums.tobytes()))
 
 
 class _File:
@@ -163,11 +164,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 def serialized(shards: Iterable[Shard]) -> bytes:
     """As index.json."""
-    lines = ",\n".join(
-        json.dumps({"url": s.url, "nsamples": s.samples, "filesize": s.size, "crc32": s.crc32})
-        for s in sorted(shards, key=lambda s: s.url)
-    )
+    lines = ",\n".join(json.dumps(entry_of(s)) for s in sorted(shards, key=lambda s: s.url))
     return f'{json.dumps(KIND)[:-1]}, "shardlist": [\n{lines}\n]}}\n'.encode()
+
+
+def entry_of(shard: Shard) -> dict[str, Any]:
+    entry = {"url": shard.url, "nsamples": shard.samples, "filesize": shard.size, "crc32": shard.crc32}
+    return entry if shard.checksums is None else {**entry, "checksums": shard.checksums}
+
+
+def shard_of(entry: Mapping[str, Any]) -> Shard:
+    """KeyError, TypeError or ValueError for what is no entry."""
+    checksums = entry.get("checksums")
+    numbers = (int(entry[key]) for key in ("nsamples", "filesize", "crc32"))
+    return Shard(entry["url"], *numbers, None if checksums is None else int(checksums))
 
 
 def read_index(path: Path) -> list[Shard]:
@@ -178,8 +188,8 @@ def parse_index(data: bytes, where: str) -> list[Shard]:
     """The shards of an index.json, urls as they stand there; UserError if it is none."""
     try:
         listed = json.loads(data)["shardlist"]
-        return [Shard(e["url"], int(e["nsamples"]), int(e["filesize"]), int(e["crc32"])) for e in listed]
-    except (ValueError, TypeError, KeyError) as error:
+        return [shard_of(entry) for entry in listed]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{where} is no index of shards ({type(error).__name__}: {error}); make it anew: diffusion-trainer index "
             "<shards> again=true"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.index import Shard
+from diffusion_trainer.streaming.index import Shard, entry_of, shard_of
 from diffusion_trainer.streaming.writer import beside, is_shard_of, publish, shard_name, staging, write_shard
 
 SETTINGS = "settings.json"
@@ -54,14 +54,12 @@ class Written:
     skipped: Sequence[str]
 
     def save(self, path: Path) -> None:
-        s = self.shard
-        entry = {"url": s.url, "nsamples": s.samples, "filesize": s.size, "crc32": s.crc32}
-        write_json(path, entry | {"skipped": self.skipped})
+        write_json(path, entry_of(self.shard) | {"skipped": self.skipped})
 
     @classmethod
     def load(cls, path: Path) -> "Written":
-        e = json.loads(path.read_text())
-        return cls(Shard(e["url"], e["nsamples"], e["filesize"], e["crc32"]), e["skipped"])
+        entry = json.loads(path.read_text())
+        return cls(shard_of(entry), entry["skipped"])
 
 
 @dataclass(frozen=True)

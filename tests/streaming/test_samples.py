@@ -16,6 +16,7 @@ from streaming.making import (
     members_of,
     python_tar,
     row,
+    shard_bytes,
     shard_data,
     write_set,
 )
@@ -24,7 +25,7 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming import samples as reading
 from diffusion_trainer.streaming import stores
 from diffusion_trainer.streaming.damage import BadChecksum, MissingShard, TooLarge, Truncated
-from diffusion_trainer.streaming.index import Shard
+from diffusion_trainer.streaming.index import Shard, scan, write_sidecars
 from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.stores import LocalStore
 
@@ -209,6 +210,15 @@ def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
 def test_a_shard_that_two_patterns_name_is_one_shard(folder):
     """Else its samples would come twice an epoch without a word."""
     assert shard_data([f"{folder}/*.tar", f"{folder}/x-000.tar"]).count == sum(COUNTS)
+
+
+def test_sidecars_of_another_shard_than_the_index_lists_are_an_error(folder):
+    """Samples of one size, as latents are: only the checksums tell, and they were written again with the shard."""
+    path = folder / "x-000.tar"
+    path.write_bytes(shard_bytes(range(50, 53)))
+    write_sidecars(path, scan(path))
+    with pytest.raises(UserError, match="diffusion-trainer index"):
+        opened(folder).read(0, 0)
 
 
 def test_data_of_the_set_in_its_order(folder):
