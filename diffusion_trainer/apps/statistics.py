@@ -30,6 +30,8 @@ def about(checkpoint: Path, weights: str) -> dict[str, str]:
 def write(path: Path, statistics: analytic.Statistics) -> None:
     """OSError or SafetensorError if it cannot be written; what was there before is then intact."""
     tensors = {"log_snr": statistics.log_snr, "error": statistics.error.contiguous()}
+    if statistics.decoding is not None:
+        tensors["decoding"] = statistics.decoding
     with whole(path) as part:
         save_file(tensors, part, metadata={"about": json.dumps(statistics.about)})
 

@@ -1,5 +1,6 @@
-"""How far a model's x_0_hat is from x_0, at every noise level: the statistics of Analytic-DPM."""
+"""How far a model's x_0_hat is from x_0, and what x_0 costs given it, at every noise level: for Analytic-DPM."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.evaluation.real import images_of
-from diffusion_trainer.process.analytic import Statistics
+from diffusion_trainer.process.analytic import TINY, Statistics
+from diffusion_trainer.process.decoders import DiscretizedGaussian
 from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
@@ -24,7 +26,8 @@ class PosteriorVarianceMeasurement:
     """num_samples pairs of an image and a noise at each of num_levels noise levels, equally spaced in log-SNR.
 
     Sample i is the data's image i (and again from the start when there are more samples) with the noise of number i:
-    the result does not depend on batches and ranks but for the order of sums.
+    the result does not depend on batches and ranks but for the order of sums. All are estimated twice: what decoding
+    costs depends on the mean error.
     """
 
     num_samples: int = 4096
@@ -50,15 +53,26 @@ class PosteriorVarianceMeasurement:
         """All ranks must call it, and all get the result. x_0_bound: to which estimates are clipped, as in sampling."""
         grid = log_snr_grid(schedule, self.num_levels)
         at = levels(schedule, schedule.t_of_log_snr(grid))
-        total = torch.zeros(self.num_levels, *data.image_shape, dtype=torch.float64)
+        error = torch.zeros(self.num_levels, *data.image_shape, dtype=torch.float64)
+        for batch in self._batches(data, conditioning, device, agreement):
+            error += squared_errors(denoiser, at, *batch, x_0_bound).cpu()
+        error = sum(agreement.gather(error)) / self.num_samples
+        variance = error.flatten(1).mean(1).clamp(min=TINY).to(device)
+        decoding = torch.zeros(self.num_levels, dtype=torch.float64)
+        for batch in self._batches(data, conditioning, device, agreement):
+            decoding += costs_of_decoding(denoiser, at, *batch, x_0_bound, variance).cpu()
+        decoding = sum(agreement.gather(decoding)) / (self.num_samples * error[0].numel())
+        return Statistics(grid, error, about, decoding)
+
+    def _batches(
+        self, data: ShardData, conditioning: Conditioning, device: torch.device, agreement: Agreement
+    ) -> Iterator[tuple[Tensor, Tensor | None, SampleNoise]]:
+        """x_0, its condition and its noise, of this rank's samples: the same each time."""
         mine = range(agreement.rank, self.num_samples, agreement.world)
         for first in range(0, len(mine), self.batch_size):
             numbers = list(mine[first : first + self.batch_size])
             images, condition = images_of(data, [i % data.count for i in numbers], conditioning, device)
-            noise = SampleNoise(self.seed, numbers, data.image_shape, device)
-            total += squared_errors(denoiser, at, to_unit(images), condition, noise, x_0_bound).cpu()
-        total = sum(agreement.gather(total))
-        return Statistics(grid, total / self.num_samples, about)
+            yield to_unit(images), condition, SampleNoise(self.seed, numbers, data.image_shape, device)
 
 
 def log_snr_grid(schedule: Schedule, count: int) -> Tensor:
@@ -78,9 +92,35 @@ def squared_errors(
     x_0_bound: float | None,
 ) -> Tensor:
     """(K, C, H, W) float64: sums over the batch, a noise of its own at each level."""
-    sums = []
+    estimates = _estimates(denoiser, at, x_0, condition, noise, x_0_bound)
+    return torch.stack([(x_0_hat - x_0).double().square().sum(0) for x_0_hat in estimates])
+
+
+@torch.no_grad()
+def costs_of_decoding(
+    denoiser: Denoiser,
+    at: list[Level],
+    x_0: Tensor,
+    condition: Tensor | None,
+    noise: SampleNoise,
+    x_0_bound: float | None,
+    variance: Tensor,
+) -> Tensor:
+    """(K,) float64: sums over the batch, nats of 8-bit pixels around x_0_hat; variance: (K,), of their normal."""
+    estimates, x_0_64 = _estimates(denoiser, at, x_0, condition, noise, x_0_bound), x_0.double()
+    decoder = DiscretizedGaussian()
+    return torch.stack([-decoder(x_0_64, e.double(), v).sum() for e, v in zip(estimates, variance, strict=True)])
+
+
+def _estimates(
+    denoiser: Denoiser,
+    at: list[Level],
+    x_0: Tensor,
+    condition: Tensor | None,
+    noise: SampleNoise,
+    x_0_bound: float | None,
+) -> Iterator[Tensor]:
+    """x_0_hat, clipped, at each level."""
     for level in at:
         x_0_hat = denoiser(level.alpha * x_0 + level.sigma * noise(), level, condition).x_0_hat
-        x_0_hat = x_0_hat if x_0_bound is None else x_0_hat.clamp(-x_0_bound, x_0_bound)
-        sums.append((x_0_hat - x_0).double().square().sum(0))
-    return torch.stack(sums)
+        yield x_0_hat if x_0_bound is None else x_0_hat.clamp(-x_0_bound, x_0_bound)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffusion_trainer.process.decoders import DiscretizedGaussian
 from diffusion_trainer.process.levels import Level
 from diffusion_trainer.process.variances import Estimate, PosteriorVariance
 
@@ -29,6 +30,7 @@ class Statistics(NamedTuple):
     log_snr: Tensor  # (K,) float64
     error: Tensor  # (K, C, H, W) float64, entry by entry
     about: dict  # which model: checkpoint, weights, ...
+    decoding: Tensor | None = None  # (K,) float64, nats per dimension: what 8-bit pixels cost; older files have none
 
     def at(self, log_snr: Tensor, diagonal: bool) -> Tensor:
         """(N,), or (N, C, H, W) entry by entry, at log-SNRs (N,).
@@ -36,12 +38,24 @@ class Statistics(NamedTuple):
         Linear between the logarithms, which are nearly linear (the error tends to 1 / SNR); constant beyond the ends.
         """
         table = self.error if diagonal else self.error.flatten(1).mean(1)
-        table = table.clamp(min=TINY).log()  # entries that are the same in all images are estimated without error
+        # Entries that are the same in all images are estimated without error.
+        return self._between(table.clamp(min=TINY).log(), log_snr).exp()
+
+    def cost_of_decoding(self, log_snr: Tensor) -> Tensor:
+        """(N,) nats per dimension at log-SNRs (N,): `DiscretizedGaussian` with the mean error as its variance, as it
+        was measured; where it was not, as it is where errors are normal and no pixel is at the ends of the range.
+        """
+        if self.decoding is None:
+            return DiscretizedGaussian().expected_cost(self.at(log_snr, diagonal=False))
+        return self._between(self.decoding, log_snr)
+
+    def _between(self, table: Tensor, log_snr: Tensor) -> Tensor:
+        """(K, ...) -> (N, ...): linear in the log-SNR, constant beyond the ends."""
         place = torch.searchsorted(self.log_snr, log_snr.double()).clamp(1, len(self.log_snr) - 1)
         low, high = self.log_snr[place - 1], self.log_snr[place]
         share = ((log_snr.double() - low) / (high - low)).clamp(0, 1)
         share = share.reshape(share.shape + (1,) * (table.dim() - 1))
-        return torch.lerp(table[place - 1], table[place], share).exp()
+        return torch.lerp(table[place - 1], table[place], share)
 
 
 @lru_cache(maxsize=8)
@@ -50,7 +64,8 @@ def read(path: str) -> Statistics:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
-            return Statistics(file.get_tensor("log_snr"), file.get_tensor("error"), about)
+            decoding = file.get_tensor("decoding") if "decoding" in file.keys() else None  # noqa: SIM118
+            return Statistics(file.get_tensor("log_snr"), file.get_tensor("error"), about, decoding)
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"statistics={path} cannot be read ({error}); `diffusion-trainer variance checkpoint=...` writes them"

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from diffusion_trainer.process.analytic import Statistics, required
-from diffusion_trainer.process.decoders import DiscretizedGaussian
 from diffusion_trainer.process.levels import Level
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import ReverseStep
@@ -50,7 +49,7 @@ def step_costs(schedule: Schedule, times: Tensor, statistics: Statistics) -> Ten
     inf where that does not go down. times: (N,), ascending, the first 0.
 
     For s > 0 the expected KL of the optimal variance is log(variance / kept) / 2. To s = 0 it is the cost of 8-bit
-    pixels where errors of x_0_hat are normal: that of a density would fall for ever, the smaller the last step.
+    pixels that was measured: where many are at the ends of their range it is far below that of normal errors.
     """
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     t, s = (
@@ -64,7 +63,7 @@ def step_costs(schedule: Schedule, times: Tensor, statistics: Statistics) -> Ten
     inner = torch.where(later, (step.variance(posterior[None]) / step.kept).log() / 2, torch.inf)
     cost = torch.full((len(times), len(times)), torch.inf, dtype=torch.float64)
     cost[1:, 1:] = inner
-    cost[0, 1:] = DiscretizedGaussian().expected_cost(posterior)
+    cost[0, 1:] = statistics.cost_of_decoding(log_snr)
     return cost
 
 

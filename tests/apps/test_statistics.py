@@ -17,7 +17,7 @@ def here(tmp_path, monkeypatch):
 
 def table(about):
     log_snr = torch.linspace(-8, 8, 5, dtype=torch.float64)
-    return analytic.Statistics(log_snr, torch.rand(5, 1, 8, 8, dtype=torch.float64), about)
+    return analytic.Statistics(log_snr, torch.rand(5, 1, 8, 8, dtype=torch.float64), about, log_snr.exp())
 
 
 @pytest.fixture
@@ -37,8 +37,15 @@ def test_statistics_are_written_whole_and_read_back(checkpoint):
     given = analytic.read(str(path))
     assert torch.equal(given.log_snr, known.log_snr)
     assert torch.equal(given.error, known.error)
+    assert torch.equal(given.decoding, known.decoding)
     assert given.about == known.about
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_statistics_without_costs_of_decoding_are_read(checkpoint):
+    path = statistics.path_of(checkpoint, "ema")
+    statistics.write(path, table({})._replace(decoding=None))
+    assert analytic.read(str(path.resolve())).decoding is None  # a path of its own: what is read is kept
 
 
 def test_statistics_that_are_not_named_are_the_checkpoints_own_wherever_they_stand(checkpoint):

@@ -1,6 +1,8 @@
 """What is measured of an exact denoiser is what theory says, whoever measures it in whatever batches."""
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import tiny
 import torch
 from options import built, each
 from oracle import Mixture
+from torch.distributions import Normal
 from torch.testing import assert_close
 
 from diffusion_trainer.conditioning.class_label import ClassLabel
@@ -124,18 +127,31 @@ class ByLabel(Denoiser):
 
 
 def measure(data, ranks=1, denoiser=None, conditioning=None, **settings):
-    """The statistics that all ranks get, one after the other: each gathering sums what the others have given."""
+    """The statistics that all ranks get, one after the other: each gathering sums what the others have given.
+
+    There are two, and what is given to the second depends on the first: so each rank does all of it three times.
+    """
     settings = {"num_samples": 130, "num_levels": 4, "batch_size": 32, **settings}
-    shares, results = [], []
+    shares, known = [[], []], []  # of each gathering; those that are complete
     arguments = (denoiser or ByLabel(), SCHEDULES["cosine"], data, conditioning or ClassLabel(10, 4), 1.0, CPU)
-    for rank in range(ranks):
-        agreement = SimpleNamespace(rank=rank, world=ranks, gather=lambda value: shares.append(value) or [value])
-        PosteriorVarianceMeasurement(**settings)(*arguments, agreement, {})
-    for rank in range(ranks):
-        agreement = SimpleNamespace(rank=rank, world=ranks, gather=lambda value: list(shares))
-        results.append(PosteriorVarianceMeasurement(**settings)(*arguments, agreement, {"who": "me"}))
+
+    def gather(count, value):
+        i = next(count)
+        if i < len(known):
+            return list(known[i])
+        if i == len(known):
+            shares[i].append(value)
+        return [value]
+
+    for _ in range(3):
+        results = []
+        for rank in range(ranks):
+            agreement = SimpleNamespace(rank=rank, world=ranks, gather=partial(gather, count()))
+            results.append(PosteriorVarianceMeasurement(**settings)(*arguments, agreement, {"who": "me"}))
+        known = shares[: len(known) + 1]
     for result in results:
         assert torch.equal(result.error, results[0].error)
+        assert torch.equal(result.decoding, results[0].decoding)
     return results[0]
 
 
@@ -143,21 +159,29 @@ def test_measurement_is_the_mean_over_images_and_their_own_noise(data):
     """By hand: sample i is image i modulo their number, with noise i; another noise at each level."""
     given = measure(data)
     at = levels(SCHEDULES["cosine"], SCHEDULES["cosine"].t_of_log_snr(given.log_snr))
-    total = torch.zeros(4, 1, 8, 8, dtype=torch.float64)
+    total, cost = torch.zeros(4, 1, 8, 8, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     for i in range(130):
         sample = data.batch([i % 100])
         x_0 = sample["image"].float() / 127.5 - 1
         noise = SampleNoise(0, [i], (1, 8, 8), CPU)
         for k, level in enumerate(at):
             x_t = level.alpha * x_0 + level.sigma * noise()
-            total[k] += (ByLabel()(x_t, level, sample["label"]).x_0_hat.clamp(-1, 1) - x_0).double().square()[0]
+            x_0_hat = ByLabel()(x_t, level, sample["label"]).x_0_hat.clamp(-1, 1)
+            total[k] += (x_0_hat - x_0).double().square()[0]
+            normal = Normal(x_0_hat.double(), given.error[k].mean().sqrt())
+            low, high = normal.cdf(x_0.double() - 1 / 255), normal.cdf(x_0.double() + 1 / 255)
+            low, high = torch.where(x_0 < -0.999, 0, low), torch.where(x_0 > 0.999, 1, high)
+            cost[k] -= (high - low).log().mean()
     assert_close(given.error, total / 130, rtol=1e-6, atol=1e-9)
+    assert_close(given.decoding, cost / 130, rtol=1e-6, atol=0)
     assert given.about == {"who": "me"}
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 1), (1, 130), (1, 1000), (2, 32), (3, 7), (140, 4)])
 def test_measurement_does_not_depend_on_ranks_and_batches(data, ranks, batch_size):
-    assert_close(measure(data, ranks, batch_size=batch_size).error, measure(data).error, rtol=1e-6, atol=1e-12)
+    given, known = measure(data, ranks, batch_size=batch_size), measure(data)
+    assert_close(given.error, known.error, rtol=1e-6, atol=1e-12)
+    assert_close(given.decoding, known.decoding, rtol=1e-6, atol=1e-12)
 
 
 def test_another_seed_is_another_measurement(data):

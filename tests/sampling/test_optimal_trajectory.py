@@ -9,7 +9,7 @@ import pytest
 import torch
 from configured import SCHEDULES
 from exact import ExactDenoiser
-from options import built
+from options import built, each
 from oracle import Mixture
 from safetensors.torch import save_file
 from torch.testing import assert_close
@@ -34,8 +34,17 @@ PIXELS = [0.05, 5e-4]  # within [-1, 1], or nearly always
 BUMPS = Mixture([0.3, 0.7], [[0.5, 0.4], [-0.5, -0.2]], [[[0.01, 0.0], [0.0, 0.002]], [[0.003, 0.0], [0.0, 0.001]]])
 
 
-def save(path, log_snr, error):
-    save_file({"log_snr": log_snr, "error": error}, path, {"about": json.dumps({})})
+# As images of digits: most pixels are at the ends of the range, whose bins are open.
+AT_ENDS = Mixture(
+    [0.5, 0.2, 0.3],
+    [[-1.0, -1.0], [1.0, -1.0], [0.2, 0.3]],
+    [[[1e-5, 0.0], [0.0, 1e-5]], [[1e-5, 0.0], [0.0, 1e-5]], [[0.05, 0.0], [0.0, 0.05]]],
+)
+
+
+def save(path, log_snr, error, decoding=None):
+    tensors = {"log_snr": log_snr, "error": error} | ({} if decoding is None else {"decoding": decoding})
+    save_file(tensors, path, {"about": json.dumps({})})
     return str(path)
 
 
@@ -247,23 +256,39 @@ def test_bound_that_is_measured_is_the_cost_and_lower_than_that_of_equal_steps(s
 
 @pytest.fixture(scope="module")
 def of_mixture(tmp_path_factory):
-    """E|x_0 - x_0_hat|^2 of BUMPS, as `diffusion-trainer variance` measures it."""
-    log_snr, x_0, error = torch.linspace(-14, 14, 60, dtype=torch.float64), pixels_of(BUMPS, 4000, 1), []
+    folder = tmp_path_factory.mktemp("trajectory")
+    return {data: measured_statistics(data, folder / f"{i}.safetensors") for i, data in enumerate((BUMPS, AT_ENDS))}
+
+
+def measured_statistics(data, path):
+    """As `diffusion-trainer variance` measures them."""
+    log_snr, x_0, error, decoding = torch.linspace(-14, 14, 60, dtype=torch.float64), pixels_of(data, 4000, 1), [], []
     generator = torch.Generator().manual_seed(2)
     for alpha, sigma in zip(log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt(), strict=True):
         noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
-        error.append((BUMPS.denoise(alpha * x_0 + sigma * noise, alpha, sigma) - x_0).square().mean(0))
-    return save(tmp_path_factory.mktemp("trajectory") / "mixture.safetensors", log_snr, torch.stack(error))
+        x_0_hat = data.denoise(alpha * x_0 + sigma * noise, alpha, sigma)
+        error.append((x_0_hat - x_0).square().mean(0))
+        decoding.append(-DiscretizedGaussian()(x_0, x_0_hat, error[-1].mean()).mean() / 2)
+    return save(path, log_snr, torch.stack(error), torch.stack(decoding))
 
 
 @pytest.mark.parametrize("name", ["cosine", "rectified_flow", "linear", "ve"])
 @pytest.mark.parametrize("num_steps", [3, 10])
-def test_bound_of_a_mixture_is_lower_than_that_of_equal_steps(name, num_steps, of_mixture):
-    """Its errors are not normal. But none of its pixels are at the two ends, whose open bins cost less than any."""
-    schedule = SCHEDULES[name]
-    grids = OptimalTrajectory(of_mixture, 300), UniformTime()
-    ours, even = (measured(BUMPS, schedule, grid(schedule, num_steps), of_mixture) for grid in grids)
-    assert (even - ours).mean() > 3 * (even - ours).std() / len(ours) ** 0.5
+@each("data", {"bumps": BUMPS, "at_ends": AT_ENDS})
+def test_bound_of_a_mixture_is_no_higher_than_that_of_equal_steps(data, name, num_steps, of_mixture):
+    """Its errors are not normal, and open bins at the two ends of the range cost less than any others."""
+    schedule, statistics = SCHEDULES[name], of_mixture[data]
+    grids = OptimalTrajectory(statistics, 300), UniformTime()
+    ours, even = (measured(data, schedule, grid(schedule, num_steps), statistics) for grid in grids)
+    error = (even - ours).std() / len(ours) ** 0.5
+    assert (even - ours).mean() > (3 * error if data is BUMPS else -2 * error)
+
+
+def test_decoding_costs_what_was_measured(of_mixture):
+    statistics = read(of_mixture[AT_ENDS])
+    assert_close(statistics.cost_of_decoding(statistics.log_snr), statistics.decoding, rtol=1e-12, atol=0)
+    normal = statistics._replace(decoding=None).cost_of_decoding(statistics.log_snr)
+    assert (normal - statistics.decoding).max() > 2  # nats
 
 
 def test_it_is_refused_without_statistics_and_with_more_steps_than_times(statistics, tmp_path):

@@ -28,6 +28,7 @@ class Server(ThreadingHTTPServer):
         self.always: dict[str, Answer] = {}
         self.requests: list[tuple[str, str]] = []  # method, /name
         self.headers: list[dict[str, str]] = []
+        self.sent = 0  # megabytes of endless answers
         self.arrived = threading.Semaphore(0)  # of GETs
         self.ended = threading.Event()
         self._lock = threading.Lock()
@@ -117,6 +118,14 @@ def flipped(request: Handler, data: bytes, code: int):
 
 def longer(request: Handler, data: bytes, code: int):
     request.send(code, data + bytes(1024))
+
+
+def endless(request: Handler, data: bytes, code: int):
+    """A hundred megabytes, if the other side takes them."""
+    request.begin(code, 100 << 20)
+    for _ in range(100):
+        request.wfile.write(bytes(1 << 20))
+        request.server.sent += 1
 
 
 def short(request: Handler, data: bytes, code: int):

@@ -235,6 +235,14 @@ def test_a_shard_that_grew_is_not_what_its_index_describes(piece_bytes, server, 
         contents(make(piece_bytes), f"{server.url}/*.tar")
 
 
+def test_an_answer_without_end_is_cut(server, make):
+    """Else it would fill the disk."""
+    server.always[FIRST] = flaky.endless
+    with pytest.raises(UserError, match="it was written again"):
+        contents(make(), f"{server.url}/*.tar")
+    assert 0 < server.sent < 100
+
+
 def test_a_server_without_ranges_is_found_out(server, make):
     server.ranges = False
     with pytest.raises(UserError, match="piece_bytes=null"):
