@@ -48,13 +48,15 @@ class Part:
     @property
     def name(self) -> str:
         """In a cache: 32 hexadecimal digits that differ for shards of one name that are not the same."""
-        key = (self.url, self.shard.size, self.shard.crc32, self.first, self.size)
+        key = (self.url, self.shard.size, self.shard.crc32, self.first, self.size, self.crc32)
         return blake2b(repr(key).encode(), digest_size=16).hexdigest()
 
     @property
     def crc32(self) -> int | None:
         """Of its bytes, where the index has it."""
-        return self.shard.crc32 if self.first is None and not self.suffix else None
+        if self.suffix:
+            return self.shard.checksums if self.suffix == CHECKSUMS else None
+        return self.shard.crc32 if self.first is None else None
 
     @property
     def ends_shard(self) -> bool:
@@ -74,7 +76,7 @@ class Attempt:
     """Fetches a part into a file. Called again, it remembers what came before.
 
     Returns once the file holds what the index says, or what the store has instead: fewer or other bytes, a damaged
-    shard, whose whole samples can be used. More bytes, or a page of HTML, are never taken for data.
+    shard, whose whole samples can be used. More bytes, a page of HTML, or another index file, are never taken for it.
     """
 
     remote: Remote
@@ -93,8 +95,8 @@ class Attempt:
         self._check_kind(came)
         said = f"{came.size} bytes with CRC-32 {came.crc32:08x} came, its index says {self._expected()}"
         self.twice(came, said)
-        if came.size > self.part.size:
-            raise self._too_long(came)
+        if came.size > self.part.size or self.part.suffix:
+            raise self._misfit(came)
         self._check_end(came)
 
     def _receive(self) -> Came:
@@ -139,7 +141,7 @@ class Attempt:
         crc32 = self.part.crc32
         return f"{self.part.size}" + ("" if crc32 is None else f" with {crc32:08x}")
 
-    def _too_long(self, came: Came) -> UserError:
+    def _misfit(self, came: Came) -> UserError:
         if self.part.first is not None and came.size > self.part.size + self.part.ends_shard:
             return UserError(
                 f"{self.part.url}: the store sends more than the range it was asked for; "

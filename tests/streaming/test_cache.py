@@ -262,6 +262,20 @@ def test_a_new_process_removes_what_the_dead_left(tmp_path):
     assert store.read(cache, "e1") == b"1" * 100
 
 
+def test_a_new_process_frees_the_room_that_the_dead_took(tmp_path):
+    begun, tell = os.pipe()
+
+    def killed(path: Path) -> None:
+        os.write(tell, b"!")
+        signal.pause()
+
+    with Child(lambda: Cache(tmp_path, 300).open("e1", 200, killed)) as child:
+        os.read(begun, 1)
+        assert counted(Cache(tmp_path, 300)) == 200  # it lives
+        child.kill()
+    assert counted(Cache(tmp_path, 300)) == 0
+
+
 def test_a_lock_dies_with_its_process_though_a_child_of_it_lives(tmp_path):
     path, (begun, tell) = tmp_path / "lock", os.pipe()
 
@@ -286,11 +300,15 @@ def test_a_lock_dies_with_its_process_though_a_child_of_it_lives(tmp_path):
 
 
 def test_a_child_does_not_free_its_parents_lock(tmp_path):
-    with locked(tmp_path / "lock"):
-        with Child(lambda: None) as child:
-            assert child.end() == 0
-        with open(tmp_path / "lock") as file, pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = locked(tmp_path / "lock")
+    lock.__enter__()
+    with Child(lambda: lock.__exit__(None, None, None)) as child:
+        assert child.end() == 0
+    with open(tmp_path / "lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock.__exit__(None, None, None)
+    with open(tmp_path / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.slow
