@@ -188,8 +188,11 @@ def test_who_does_not_wait_leaves_what_others_fetch_and_what_has_no_room(tmp_pat
     hasty = Cache(tmp_path, 150, wait=False)
     assert hasty.open("e1", 100, store.fetch("e1")) is None
     assert hasty.open("e2", 100, store.fetch("e2")) is None  # the room is taken
-    waiting = threading.Thread(target=lambda: store.read(cache, "e2"))
+    released = threading.Event()
+    patient = Cache(tmp_path, 150, release=released.set)
+    waiting = threading.Thread(target=lambda: store.read(patient, "e2"))
     waiting.start()
+    assert released.wait(20)  # who waits for room gives up what it can
     assert not store.asked
     go_on.set()
     thread.join()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from email.utils import formatdate
 from itertools import pairwise
 from pathlib import Path
+from queue import Queue
+from threading import Event
 
 import fsspec
 import numpy as np
@@ -18,7 +20,8 @@ from streaming.flaky import serving
 from streaming.making import shard_data, whole, write_set
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming import retries
+from diffusion_trainer.streaming import ahead, retries
+from diffusion_trainer.streaming.ahead import Ahead
 from diffusion_trainer.streaming.cached import CachedStore
 from diffusion_trainer.streaming.damage import BadChecksum, Damage, Found, MissingShard, Truncated
 from diffusion_trainer.streaming.files import THREADS
@@ -273,6 +276,14 @@ def test_reading_beyond_the_end_of_a_shard_is_truncation(server, make):
                 store.read(shard, offset, memoryview(bytearray(8)))
 
 
+@pytest.mark.parametrize("name", [f"{FIRST}.idx", FIRST])
+def test_a_page_is_no_index_file_and_no_piece(name, server, make):
+    server.script[FIRST] = [flaky.ok]
+    server.always[name] = flaky.page
+    with pytest.raises(UserError, match=rf"{name} cannot be had: .*<!DOCTYPE"):
+        contents(make(PIECE), f"{server.url}/*.tar")
+
+
 def test_missing_index_files_are_named_with_their_remedy(server, make):
     store = make()
     shard = store.find(f"{server.url}/*.tar")[0]
@@ -405,6 +416,8 @@ def test_a_backend_that_is_not_installed_is_named_with_its_command(url, line, ma
 def test_commands_run_only_where_they_are_allowed(folder, tmp_path, make):
     with pytest.raises(UserError, match="allow_pipe=true"):
         make().find(f"pipe:touch {tmp_path}/ran; cat {folder}/x-000000.tar")
+    with pytest.raises(UserError, match="allow_pipe=true"):
+        make(index=str(folder)).find(f"pipe:touch {tmp_path}/ran; cat {folder}/x-000000.tar")
     assert not (tmp_path / "ran").exists()
     with pytest.raises(UserError, match="piece_bytes=null"):
         make(PIECE, allow_pipe=True).find(f"pipe:cat {folder}/x-000000.tar")
@@ -476,15 +489,40 @@ def test_a_forked_process_reads_and_fetches_ahead(server, truth, make):
     store.read(wanted[0][0], 0, memoryview(bytearray(10)))
     child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(60)
         try:
             store.ahead(wanted)
+            wait_until(lambda: len(list((Path(store.cache) / "entries").iterdir())) == 2 * len(NAMES))
             os._exit(0 if contents(store, f"{server.url}/*.tar") == truth else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert contents(store, f"{server.url}/*.tar") == truth
     assert all(server.count(f"/{name}") == 1 for name in NAMES)
+
+
+def test_what_is_asked_for_again_and_again_is_fetched_once_a_minute(monkeypatch):
+    fetched, now = Queue(), 1000.0
+    monkeypatch.setattr(ahead.time, "monotonic", lambda: now)
+    fetch = Ahead(fetched.put, 1)
+    for _ in range(3):
+        fetch("abc")
+    now += 61
+    fetch("cd")
+    assert [fetched.get(timeout=20) for _ in range(5)] == ["a", "b", "c", "c", "d"]
+    assert fetched.empty()
+
+
+def test_what_finds_no_place_in_the_queue_may_be_asked_for_again():
+    go_on, fetched = Event(), Queue()
+    fetch = Ahead(lambda thing: (go_on.wait(20), fetched.put(thing)), 1)
+    fetch(range(5000))  # at once, though nothing is fetched
+    go_on.set()
+    first = [fetched.get(timeout=20) for _ in range(ahead.MAX_QUEUED)]
+    assert first == list(range(ahead.MAX_QUEUED))
+    fetch([4999])
+    while fetched.get(timeout=20) != 4999:
+        pass
 
 
 ENDING = """
