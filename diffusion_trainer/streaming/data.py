@@ -1,6 +1,5 @@
 """Shards with an index, as data of a configuration."""
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from isal import isal_zlib
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.base import Data
@@ -110,7 +110,7 @@ class ShardData(Data):
             name: [(shard.url.rpartition("/")[2], shard.samples, shard.crc32) for shard in shards]
             for name, shards in self.by_source.items()
         }
-        sizes = [zlib.crc32(self.store.sidecar(s, SIZES)) for s in self.samples.shards] if self.buckets else []
+        sizes = [isal_zlib.crc32(self.store.sidecar(s, SIZES)) for s in self.samples.shards] if self.buckets else []
         return blake2b(repr((known, sizes) if sizes else known).encode(), digest_size=16).hexdigest()
 
     def loader(self, layout: Layout, seed: int, lanes: int, first_step: int, last_step: int) -> Loader:

@@ -1,12 +1,13 @@
 """Brings a shard, a piece of one or a file beside it onto this machine, and judges what came."""
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
+
+from isal import isal_zlib
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadArchive, Truncated
@@ -111,7 +112,7 @@ class Attempt:
         # One byte more than the shard has, if it is as its index says.
         data = self._piece(part.first, part.first + part.size + part.ends_shard)
         self.path.write_bytes(data)
-        return Came(len(data), zlib.crc32(data), data[:BLOCK])
+        return Came(len(data), isal_zlib.crc32(data), data[:BLOCK])
 
     def _piece(self, first: int, last: int) -> bytes:
         try:
@@ -161,7 +162,7 @@ def _measured(path: Path) -> Came:
         with path.open("rb") as file:
             while data := file.read(CHUNK):
                 head = head or data[:BLOCK]
-                size, crc32 = size + len(data), zlib.crc32(data, crc32)
+                size, crc32 = size + len(data), isal_zlib.crc32(data, crc32)
     return Came(size, crc32, head)
 
 

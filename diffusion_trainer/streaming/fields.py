@@ -61,6 +61,7 @@ class Decoder:
         self.fields = fields
         self._arrays = [field for field in fields.values() if field.stored is not None]
         self._objects = {name: field for name, field in fields.items() if field.stored is None}
+        self._fill = [(field.decode, field.extensions) for field in self._arrays]  # looked up once, not for each sample
 
     def entries(self, size: int, shape: Sequence[int] | None = None) -> list[Entry]:
         """The arrays of a batch of `size` samples; shape: height and width of its aspect bucket."""
@@ -74,9 +75,11 @@ class Decoder:
         self, members: Mapping[str, memoryview], arrays: Sequence[np.ndarray], row: int, draws: SampleDraws
     ) -> dict[str, Any]:
         """Fills the row of each array; returns the objects. Damage if a field cannot be had."""
-        for field, array in zip(self._arrays, arrays, strict=True):
-            field.decode(_member(members, field), array[row, ...], draws)
-        return {name: field.decode(_member(members, field), None, draws) for name, field in self._objects.items()}
+        for (decode, extensions), array in zip(self._fill, arrays, strict=True):
+            decode(_member(members, extensions), array[row, ...], draws)
+        return {
+            name: field.decode(_member(members, field.extensions), None, draws) for name, field in self._objects.items()
+        }
 
     def batch(self, arrays: Sequence[Tensor], objects: Mapping[str, list]) -> dict[str, Any]:
         """Entries in the order of the fields, as the model takes them."""
@@ -87,10 +90,10 @@ class Decoder:
         }
 
 
-def _member(members: Mapping[str, memoryview], field: Field) -> memoryview:
-    for extension in field.extensions:
+def _member(members: Mapping[str, memoryview], extensions: Sequence[str]) -> memoryview:
+    for extension in extensions:
         if extension in members:
             return members[extension]
     raise MissingField(
-        f"it has no .{' or .'.join(field.extensions)}, only {', '.join('.' + e for e in sorted(members)) or 'nothing'}"
+        f"it has no .{' or .'.join(extensions)}, only {', '.join('.' + e for e in sorted(members)) or 'nothing'}"
     )

@@ -10,7 +10,6 @@ Next to the tars stand `index.json` (wids' layout: one entry a shard), and for e
 import fcntl
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadArchive, Damage, Truncated
@@ -55,7 +55,7 @@ class Scan(NamedTuple):
         return {OFFSETS: self.offsets.tobytes(), CHECKSUMS: self.checksums.tobytes()}
 
     def shard(self, url: str) -> Shard:
-        return Shard(url, len(self.checksums), self.size, self.crc32, zlib.crc32(self.checksums.tobytes()))
+        return Shard(url, len(self.checksums), self.size, self.crc32, isal_zlib.crc32(self.checksums.tobytes()))
 
 
 class _File:
@@ -76,7 +76,7 @@ class _File:
             piece = self[at : min(at + PIECE, last)]
             if len(piece) < min(PIECE, last - at):
                 raise Truncated(f"it became shorter than {last} bytes while it was read")
-            value = zlib.crc32(piece, value)
+            value = isal_zlib.crc32(piece, value)
         return value
 
 

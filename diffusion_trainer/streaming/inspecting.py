@@ -3,7 +3,6 @@
 import fnmatch
 import glob
 import os
-import zlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 from PIL import Image
 from webdataset.shardlists import expand_urls
 
@@ -137,7 +137,7 @@ def _verified(shard: Shard, offsets: Sequence[int], checksums: Sequence[int]) ->
             own = 0
             for at in range(first, min(last, size), PIECE):
                 piece = os.pread(file.fileno(), min(PIECE, last - at), at)
-                own, whole = zlib.crc32(piece, own), zlib.crc32(piece, whole)
+                own, whole = isal_zlib.crc32(piece, own), isal_zlib.crc32(piece, whole)
             if not 0 <= i < shard.samples:
                 continue
             if last > size:

@@ -103,7 +103,11 @@ class Loader:
         )
         pieces = iter(loader)
         for item in self.items:
-            piece = _next(pieces)
+            try:
+                piece = next(pieces, None)
+            except RuntimeError as error:  # the last word: torch would wait for the dead worker's next batch for ever
+                yield {"error": _of_dead_worker(error)}
+                return
             if piece is None:  # an error before was the last word
                 return
             yield {"error": piece} if isinstance(piece, str) else self._batch(item, piece, ring)
@@ -116,16 +120,14 @@ class Loader:
         return batch | {"first": first, "samples": torch.from_numpy(samples), "damage": found}
 
 
-def _next(pieces: Iterator[Piece | str]) -> Piece | str | None:
-    try:
-        return next(pieces, None)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        return (  # torch's own message, with what to do
-            f"{str(error).splitlines()[0]} Perhaps the memory did not suffice: use fewer data.num_workers or a smaller "
-            "data.prefetch. The newest checkpoint stands: run the same command again to resume from it"
-        )
+def _of_dead_worker(error: RuntimeError) -> str:
+    """torch's own message, with what to do; any other error is raised."""
+    if "DataLoader worker" not in str(error):
+        raise error
+    return (
+        f"{str(error).splitlines()[0]} Perhaps the memory did not suffice: use fewer data.num_workers or a smaller "
+        "data.prefetch. The newest checkpoint stands: run the same command again to resume from it"
+    )
 
 
 def _copy(array: np.ndarray) -> Tensor:

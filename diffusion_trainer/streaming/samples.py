@@ -1,9 +1,10 @@
 """Samples of shards at random: one read each, checked against the index, then cut into members."""
 
-import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+
+from isal import isal_zlib
 
 from diffusion_trainer.streaming.damage import BadChecksum, TooLarge
 from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, Shard
@@ -33,7 +34,7 @@ class Samples:
             self._buffer = memoryview(bytearray(2 * size))
         data = self._buffer[:size]
         self.store.read(self.shards[k], first, data)
-        if zlib.crc32(data) != checksums[i]:
+        if isal_zlib.crc32(data) != checksums[i]:
             raise BadChecksum("its bytes are not those that were indexed")
         return data
 
@@ -58,7 +59,7 @@ class Samples:
             data = self.store.sidecar(shard, suffix)
             if len(data) != count * numbers.itemsize:
                 raise stale(shard)
-            if suffix == CHECKSUMS and shard.checksums not in (zlib.crc32(data), None):
+            if suffix == CHECKSUMS and shard.checksums not in (isal_zlib.crc32(data), None):
                 raise stale(shard)  # it was written again, of the same size, and index.json is older
             numbers.frombytes(data)
         if offsets[-1] > shard.size:

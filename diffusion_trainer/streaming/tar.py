@@ -11,7 +11,9 @@ from diffusion_trainer.streaming.damage import BadArchive, Truncated
 
 BLOCK = 512
 MAX_DIGITS = 19
-MAX_KNOWN = 4096  # layouts of samples
+NAME = 100  # bytes of a header for the name
+MAX_KNOWN = 1024  # layouts of samples
+MAX_MISSES = 32  # samples in a row that lie otherwise than the first one of their size; to learn takes as long as those
 REGULAR = b"0\x007"  # type flags of files (0, old-style NUL, contiguous)
 NO_DATA = b"123456"  # links, devices, folders, pipes: whatever size they tell, nothing follows
 EXTENDED = b"Lx"  # GNU's long name, or pax records, of the header that follows
@@ -157,61 +159,60 @@ def _name(header: bytes) -> str:
     return name
 
 
-class _Expected(NamedTuple):
-    """A member as it lay in an earlier sample: what its header must say again for it to lie there."""
+class _Layout:
+    """Where the members of samples of one size lie, and what their headers say then."""
 
-    header: int
-    tail: slice  # of the name, in the data
-    ending: bytes  # dot, extension, NUL
-    size: bytes  # the header's field
-    extension: str
-    data: slice
+    def __init__(self, members: list[tuple[str, Member]], data: memoryview):
+        self.places = [(extension, slice(m.offset, m.offset + m.size)) for extension, m in members]
+        self.match = re.compile(b"".join(_pattern(*named, data) for named in members), re.DOTALL).match
+        self.misses = 0  # in a row
+
+
+def _pattern(extension: str, member: Member, data: memoryview) -> bytes:
+    """Of a member's header with any key, and what follows up to the next one's."""
+    header, name_size = member.start, len(member.name)
+    dot_and_extension = re.escape(bytes(data[header + name_size - len(extension) - 1 : header + name_size])) + rb"\0"
+    longest = NAME - 2 - len(extension)
+    size = re.escape(bytes(data[header + NAME + 24 : header + NAME + 36]))
+    return (
+        rb"(?!__)(?=[\x01-\x7f]{1,%d}%b)" % (longest, dot_and_extension)  # ASCII, and all of it in the header
+        + rb"(?=(?:[^\0]*/)?(?!__)[^\0/.]+%b)" % dot_and_extension
+        + rb".{124}%b.{20}%c.{%d}" % (size, REGULAR[0], BLOCK - 157 + padded(member.size))
+    )
 
 
 class Cutter:
     """Cuts samples into members, and remembers how: samples of latents differ in nothing but their data."""
 
     def __init__(self):
-        self._known: dict[int, list[_Expected]] = {}  # by the size of the sample
+        self._known: dict[int, _Layout] = {}  # by the size of the sample
 
     def __call__(self, data: memoryview) -> dict[str, memoryview]:
         """Extension -> bytes of the members of one sample."""
         known = self._known.get(len(data))
-        if known is not None and all(_lies(member, data) for member in known):
-            return {member.extension: data[member.data] for member in known}
+        if known is not None and known.match(data):
+            known.misses = 0
+            return {extension: data[place] for extension, place in known.places}
         found, plain = [], True
         for member, regular in entries(data):
             named = key_and_extension(member.name) if regular else None
             plain = plain and named is not None and _is_plain(member, data)
             if named is not None:
                 found.append((named[1], member))
-        if plain and len(self._known) < MAX_KNOWN:
-            self._known[len(data)] = [_expected(extension, member, data) for extension, member in found]
+        if plain and found:
+            self._learn(found, data)
         return {extension: data[m.offset : m.offset + m.size] for extension, m in found}
+
+    def _learn(self, members: list[tuple[str, Member]], data: memoryview) -> None:
+        known = self._known.get(len(data))
+        if known is not None and known.misses < MAX_MISSES:
+            known.misses += 1
+        elif known is not None or len(self._known) < MAX_KNOWN:
+            self._known[len(data)] = _Layout(members, data)
 
 
 def _is_plain(member: Member, data: memoryview) -> bool:
-    """Its name is all in its header."""
+    """Its name is all in its header, which has the type that writers of today give to files."""
     name = member.name.encode()
-    return member.name.isascii() and data[member.start : member.start + len(name) + 1] == name + bytes(1)
-
-
-def _expected(extension: str, member: Member, data: memoryview) -> _Expected:
-    header = member.start
-    end = header + len(member.name.encode())
-    tail = slice(end - len(extension) - 1, end + 1)
-    size = bytes(data[header + 124 : header + 136])
-    return _Expected(
-        header, tail, bytes(data[tail]), size, extension, slice(member.offset, member.offset + member.size)
-    )
-
-
-def _lies(member: _Expected, data: memoryview) -> bool:
-    header = member.header
-    if data[member.tail] != member.ending or data[header + 124 : header + 136] != member.size:
-        return False
-    path = bytes(data[header : member.tail.start])
-    name = path.rpartition(b"/")[2]
-    if data[header + 156] != REGULAR[0] or b"\0" in path or not path.isascii():
-        return False
-    return b"." not in name and name[:2] not in (b"", b"__") and path[:2] != b"__"
+    named = member.name.isascii() and data[member.start : member.start + len(name) + 1] == name + bytes(1)
+    return named and data[member.start + 156] == REGULAR[0]
