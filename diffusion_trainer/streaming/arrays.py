@@ -68,13 +68,19 @@ class Numbers(Field):
         if array.dtype != out.dtype or array.shape != out.shape:
             array = self._as_configured(array, out)
         out[...] = array
-        if self._limits is not None:
-            # argmax of integers takes a fifth of a microsecond; isfinite of 4096 float16 takes four.
-            signed, unsigned, positive, negative = self._limits
-            bits = out.ravel()
-            a, b = bits.view(signed), bits.view(unsigned)
-            if a.item(a.argmax()) >= positive or b.item(b.argmax()) >= negative:
-                raise Undecodable("it holds numbers that are not finite (NaN or infinity)")
+
+    def damaged(self, rows):
+        if self._limits is None or not self._beyond(rows):
+            return {}
+        bad = (row for row in range(len(rows)) if self._beyond(rows[row]))
+        return {row: Undecodable("it holds numbers that are not finite (NaN or infinity)") for row in bad}
+
+    def _beyond(self, numbers: np.ndarray) -> bool:
+        # argmax of the bits as integers takes 0.06 us for 4096 float16 in a batch, isfinite four.
+        signed, unsigned, positive, negative = self._limits
+        bits = numbers.ravel()
+        a, b = bits.view(signed), bits.view(unsigned)
+        return a.item(a.argmax()) >= positive or b.item(b.argmax()) >= negative
 
     def _as_configured(self, array: np.ndarray, out: np.ndarray) -> np.ndarray:
         if self.presented is not None and array.dtype in BFLOAT16 and array.shape == out.shape:

@@ -34,20 +34,19 @@ class Reader:
 
     def fill(self, numbers: range, arrays: Sequence[np.ndarray]) -> Filled:
         """Decodes samples into the arrays, (n, *stored) for each array field."""
-        places, found, objects = self.places(numbers), [], self.decoder.no_objects()
-        for row, (number, (k, i)) in enumerate(zip(numbers, places.tolist(), strict=True)):
-            draws, bad = SampleDraws(self.seed, number), []
-            while True:
-                try:
-                    values = self.decoder(self.samples.read(k, i), arrays, row, draws)
-                    break
-                except Damage as damage:
-                    bad.append(Found(damage.kind, self.samples.shards[k].url, i, str(damage)))
-                k, i = places[row] = self._instead(number, bad)
-            found += bad[:1]  # those that were tried in its place will be counted when their own turn comes
-            for name, value in values.items():
-                objects[name].append(value)
-        return Filled(objects, places, found)
+        places, bad = self.places(numbers), {}
+        where = places.tolist()
+
+        def failed(row: int, damage: Damage) -> None:
+            k, i = where[row]
+            tried = bad.setdefault(row, [])
+            tried.append(Found(damage.kind, self.samples.shards[k].url, i, str(damage)))
+            where[row] = places[row] = self._instead(numbers[row], tried)
+
+        draws = [SampleDraws(self.seed, number) for number in numbers]
+        objects = self.decoder.fill(arrays, draws, lambda row: self.samples.read(*where[row]), failed)
+        # Those that were tried in a sample's place will be counted when their own turn comes.
+        return Filled(objects, places, [bad[row][0] for row in sorted(bad)])
 
     def _instead(self, number: int, bad: Sequence[Found]) -> tuple[int, int]:
         """Shard and sample of the next candidate, after those that were `bad`."""

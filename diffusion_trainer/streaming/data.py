@@ -145,26 +145,26 @@ class ShardData(Data):
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """Samples of the set; UserError names the shard if one is damaged."""
         arrays = [np.empty(entry.shape, entry.dtype) for entry in self.decoder.entries(len(indices))]
-        objects = self.decoder.no_objects()
-        for row, i in enumerate(indices):
-            for name, value in self._decode(self.decoder, i, arrays, row).items():
-                objects[name].append(value)
+        objects = self._fill(self.decoder, indices, arrays)
         return self.decoder.batch([torch.from_numpy(array) for array in arrays], objects)
 
-    def _decode(self, decoder: Decoder, i: int, arrays: Sequence[np.ndarray], row: int) -> dict[str, Any]:
-        k, sample = self.place(i)
-        try:
-            return decoder(self.samples.read(k, sample), arrays, row, SampleDraws(0, i))
-        except Damage as damage:
+    def _fill(self, decoder: Decoder, indices: Sequence[int], arrays: Sequence[np.ndarray]) -> dict[str, list]:
+        places = [self.place(i) for i in indices]
+
+        def failed(row: int, damage: Damage) -> None:
+            k, sample = places[row]
             shard = self.samples.shards[k].url
             raise Unusable(f"shard {shard}, sample {sample} ({damage.kind}): {damage}") from damage
+
+        draws = [SampleDraws(0, i) for i in indices]
+        return decoder.fill(arrays, draws, lambda row: self.samples.read(*places[row]), failed)
 
     def labelled(self, label: int) -> Iterator[int]:
         """Numbers of the samples of a class, in the order of the shards; their images are not decoded."""
         decoder = Decoder({"label": self.entries["label"]})
         value = np.empty(1, np.int64)
         for i in range(self.count):
-            self._decode(decoder, i, [value], 0)
+            self._fill(decoder, [i], [value])
             if value[0] == label:
                 yield i
 

@@ -1,14 +1,14 @@
 """The seam of fields: one entry of a batch, from one member of each sample."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from diffusion_trainer.conventions import seed_of
-from diffusion_trainer.streaming.damage import MissingField
+from diffusion_trainer.streaming.damage import Damage, MissingField
 from diffusion_trainer.streaming.ring import Entry
 
 
@@ -49,6 +49,10 @@ class Field(ABC):
     def decode(self, data: memoryview, out: np.ndarray | None, draws: SampleDraws) -> Any:
         """Fills `out`, in the shape that `out` has (aspect buckets vary it), or returns the object. Raises Damage."""
 
+    def damaged(self, rows: np.ndarray) -> Mapping[int, Damage]:
+        """Of rows, (n, *shape), that `decode` has filled: what costs less to see in all at once."""
+        return {}
+
     def present(self, batch: Tensor) -> Tensor:
         """(B, *stored) -> the batch's entry as the model takes it; a view."""
         return batch
@@ -61,25 +65,49 @@ class Decoder:
         self.fields = fields
         self._arrays = [field for field in fields.values() if field.stored is not None]
         self._objects = {name: field for name, field in fields.items() if field.stored is None}
-        self._fill = [(field.decode, field.extensions) for field in self._arrays]  # looked up once, not for each sample
 
     def entries(self, size: int, shape: Sequence[int] | None = None) -> list[Entry]:
         """The arrays of a batch of `size` samples; shape: height and width of its aspect bucket."""
         shapes = [field.shaped(*shape) if shape else field.stored for field in self._arrays]
         return [Entry((size, *stored), np.dtype(f.dtype)) for stored, f in zip(shapes, self._arrays, strict=True)]
 
-    def no_objects(self) -> dict[str, list]:
-        return {name: [] for name in self._objects}
+    def fill(
+        self,
+        arrays: Sequence[np.ndarray],
+        draws: Sequence[SampleDraws],
+        read: Callable[[int], Mapping[str, memoryview]],
+        failed: Callable[[int, Damage], None],
+    ) -> dict[str, list]:
+        """Fills the rows of the arrays, one for each of the draws; returns the objects.
 
-    def __call__(
-        self, members: Mapping[str, memoryview], arrays: Sequence[np.ndarray], row: int, draws: SampleDraws
-    ) -> dict[str, Any]:
-        """Fills the row of each array; returns the objects. Damage if a field cannot be had."""
-        for (decode, extensions), array in zip(self._fill, arrays, strict=True):
-            decode(_member(members, extensions), array[row, ...], draws)
-        return {
-            name: field.decode(_member(members, field.extensions), None, draws) for name, field in self._objects.items()
-        }
+        read(row) gives the members of the row's sample, and after failed(row, damage) those of another in its place.
+        """
+        objects = {name: [None] * len(draws) for name in self._objects}
+        # Not looked up for each sample.
+        into = [(field.decode, field.extensions, array) for field, array in zip(self._arrays, arrays, strict=True)]
+        rows: Sequence[int] = range(len(draws))
+        while rows:
+            for row in rows:
+                self._fill_row(row, into, objects, draws[row], read, failed)
+            found: dict[int, Damage] = {}
+            for field, array in zip(self._arrays, arrays, strict=True):
+                found = {**field.damaged(array), **found}
+            rows = sorted(found)
+            for row in rows:
+                failed(row, found[row])
+        return objects
+
+    def _fill_row(self, row, into, objects, draws, read, failed) -> None:
+        while True:
+            try:
+                members = read(row)
+                for decode, extensions, array in into:
+                    decode(_member(members, extensions), array[row, ...], draws)
+                for name, field in self._objects.items():
+                    objects[name][row] = field.decode(_member(members, field.extensions), None, draws)
+                return
+            except Damage as damage:
+                failed(row, damage)
 
     def batch(self, arrays: Sequence[Tensor], objects: Mapping[str, list]) -> dict[str, Any]:
         """Entries in the order of the fields, as the model takes them."""

@@ -15,7 +15,7 @@ from webdataset.shardlists import expand_urls
 from diffusion_trainer.conventions import UserError, seed_of
 from diffusion_trainer.streaming.base import Data
 from diffusion_trainer.streaming.damage import BadArchive, Damage, Found
-from diffusion_trainer.streaming.fields import Decoder, Field, SampleDraws
+from diffusion_trainer.streaming.fields import Field, SampleDraws
 from diffusion_trainer.streaming.loader import Filled, Layout, Loader, Piece
 from diffusion_trainer.streaming.ring import Ring
 
@@ -113,28 +113,30 @@ class _Stream(IterableDataset):
             yield str(error)
 
     def fill(self, numbers: range, arrays: Sequence[np.ndarray]) -> Filled:
-        decoder: Decoder = self.data.decoder
-        objects = decoder.no_objects()
         if self._samples is None:
             # Other draws for every process, and after a restart other ones than before it.
             seed = seed_of(self.seed, "shards", numbers.start)
             self._samples = self.data.samples(seed, self._opened, self._failed)
-        for row, number in enumerate(numbers):
-            for name, value in self._decoded(decoder, arrays, row, SampleDraws(self.seed, number)).items():
-                objects[name].append(value)
+        names = [("", "")] * len(numbers)
+
+        def read(row: int) -> dict[str, memoryview]:
+            sample = self._next()
+            names[row] = sample["__url__"], sample["__key__"]
+            return {name: memoryview(value) for name, value in sample.items() if not name.startswith("__")}
+
+        def failed(row: int, damage: Damage) -> None:
+            url, key = names[row]
+            self._found.append(Found(damage.kind, url, NOWHERE, f"{key}: {damage}"))
+            self._give_up()
+
+        objects = self.data.decoder.fill(arrays, [SampleDraws(self.seed, n) for n in numbers], read, failed)
         found, self._found = self._found, []
         return Filled(objects, np.full((len(numbers), 2), NOWHERE), found)
 
-    def _decoded(self, decoder: Decoder, arrays: Sequence[np.ndarray], row: int, draws: SampleDraws) -> dict[str, Any]:
-        """The next sample that is whole."""
+    def _next(self) -> dict[str, Any]:
         for sample in self._samples:
             self._without = 0
-            members = {name: memoryview(value) for name, value in sample.items() if not name.startswith("__")}
-            try:
-                return decoder(members, arrays, row, draws)
-            except Damage as damage:
-                self._found.append(Found(damage.kind, sample["__url__"], NOWHERE, f"{sample['__key__']}: {damage}"))
-                self._give_up()
+            return sample
         raise UserError("data.shards: they hold no samples")
 
     def _opened(self, url: str) -> None:

@@ -53,15 +53,16 @@ class LocalStore(Store):
         descriptor = self._files.get(shard.url)
         if descriptor is None:
             descriptor = self._open(shard)
-        done = 0
-        while done < len(into):
+        while into:  # nearly always once
             try:
-                count = os.preadv(descriptor, [into[done:]], offset + done)
+                count = os.preadv(descriptor, [into], offset)
             except OSError as error:
                 raise ill(shard.url, error) from error
             if count == 0:
                 raise Truncated(f"it has {os.fstat(descriptor).st_size} bytes, its index says {shard.size}")
-            done += count
+            if count == len(into):
+                return
+            into, offset = into[count:], offset + count
 
     def _open(self, shard: Shard) -> int:
         try:

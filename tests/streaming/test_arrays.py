@@ -44,6 +44,9 @@ def decoded(field: Field, data: bytes, shape: tuple[int, ...] | None = None):
     batch = np.zeros((3, *(shape or field.stored)), field.dtype)
     field.decode(memoryview(data), batch[1, ...], SampleDraws(0, 0))
     assert not batch[[0, 2]].any()
+    for row, damage in field.damaged(batch).items():
+        assert row == 1
+        raise damage
     return field.present(torch.from_numpy(batch))[1]
 
 
