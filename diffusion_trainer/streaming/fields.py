@@ -78,9 +78,10 @@ class Decoder:
         read: Callable[[int], Mapping[str, memoryview]],
         failed: Callable[[int, Damage], None],
     ) -> dict[str, list]:
-        """Fills the rows of the arrays, one for each of the draws; returns the objects.
+        """Fills arrays, each (n, *stored), n being the number of draws; returns n objects of each field without array.
 
-        read(row) gives the members of the row's sample, and after failed(row, damage) those of another in its place.
+        read(row) gives the members of the row's sample, and after failed(row, damage) those of another in its place;
+        whoever has none raises there.
         """
         objects = {name: [None] * len(draws) for name in self._objects}
         # Not looked up for each sample.

@@ -109,9 +109,8 @@ def test_it_does_take_the_short_cut():
 
 
 def test_what_every_sample_of_a_size_is_like_is_learnt_though_the_first_was_not():
-    odd, usual = member("k/abcdef") + member("k/abcd.x") + member("k/abcd.y"), [
-        member(f"k/{i:04d}.x") + member(f"k/{i:04d}.y") + member(f"k/{i:04d}.z") for i in range(MAX_MISSES + 2)
-    ]  # fmt: skip
+    usual = [b"".join(member(f"k/{i:04d}.{e}") for e in "xyz") for i in range(MAX_MISSES + 2)]
+    odd = member("k/abcdef") + member("k/abcd.x") + member("k/abcd.y")
     first = member("k/a.y") + member("k/a.z") + member("k/a.x")
     for start in (odd, first):
         cut = Cutter()
