@@ -1,7 +1,6 @@
 """diffusion-trainer index: counts, offsets and checksums of shards, next to them."""
 
 import glob
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -87,7 +86,7 @@ def sites(patterns: Sequence[str], config: dict) -> list[Path | Site]:
             found += [RemoteSite(each, remote, retries, out) for each in urls]
             if not urls:
                 raise UserError(f"no object matches {url}")
-    return list(dict.fromkeys(found))
+    return list({str(one): one for one in found}.values())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -104,9 +103,9 @@ def main(arguments: Sequence[str]) -> int:
             said = now
             print(f"  {done:,} shards, {size / 1e9:,.1f} GB, {size / 1e6 / (now - begin):,.0f} MB/s", flush=True)
 
-    processes = min(config["processes"] or os.cpu_count() or 1, len(paths))
+    again, keep_damaged, image_sizes = (config[name] for name in ("again", "keep_damaged", "image_sizes"))
     try:
-        report = index(paths, processes, config["again"], config["keep_damaged"], config["image_sizes"], progress)
+        report = index(paths, config["processes"], again, keep_damaged, image_sizes, progress)
     except BrokenProcessPool as error:
         raise UserError(
             "a process that indexes was killed (out of memory?); what was done stands: run the same command again"
@@ -115,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"there is no such shard ({error}); what was done stands") from error
     except OSError as error:
         raise UserError(f"cannot index ({error}); what was done stands: run the same command again") from error
-    return _tell(report, config["keep_damaged"])
+    return _tell(report, keep_damaged)
 
 
 def _tell(report: Report, kept: bool) -> int:

@@ -13,7 +13,8 @@ AT_LEAST = 10_000  # samples that a share is taken of
 
 
 class CountDamage(RunCallback):
-    """Replaced samples of all ranks, to the screen, the loggers and <folder>/damage.csv every `every_n_images`.
+    """Replaced samples of all ranks, to the screen, the loggers and <folder>/damage.csv every `every_n_images`,
+    and when a rank meets an error of the data that stops the run, what that rank has found.
 
     budget: the share of the samples that may be damaged: of those since the start of this process, or (while there have
     been fewer) of an epoch's `count`, at most 10,000. Beyond it the run saves and stops.
@@ -28,6 +29,13 @@ class CountDamage(RunCallback):
         self._counts: Counter[str] = Counter()  # by kind
         self._shards: Counter[tuple[str, str]] = Counter()  # by kind and shard
         self._began = self.run.images_seen
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
+        if "error" in batch:  # this rank alone ends here: the others cannot be asked, and may not have come so far
+            found = [*self._new, *batch.get("damage", ())]
+            if found:
+                self._write(found)
+                self._tell(found)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
         self._new += batch["damage"]
@@ -51,6 +59,8 @@ class CountDamage(RunCallback):
         found = [f for share in self.run.agreement.gather(self._new) for f in share]
         self._new = []
         if found:
+            if self.run.first:
+                self._write(found)
             self._tell(found)
         return bool(found) and sum(self._counts.values()) > self.budget * self._seen
 
@@ -59,8 +69,6 @@ class CountDamage(RunCallback):
         self._counts.update(f.kind for f in found)
         self._shards.update((f.kind, f.shard) for f in found)
         total = sum(self._counts.values())
-        if run.first:
-            self._write(found)
         run.log({"data/damaged": total, **{f"data/damaged_{kind}": n for kind, n in self._counts.items()}})
         kinds = ", ".join(f"{n} {kind}" for kind, n in self._counts.most_common())
         run.say(f"  {total:,} damaged samples were replaced ({kinds}); {run.folder / LIST} lists them")

@@ -8,9 +8,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.buckets import Bucketed
-from diffusion_trainer.streaming.damage import Damage, Found
+from diffusion_trainer.streaming.damage import Damage, Found, Hopeless
 from diffusion_trainer.streaming.fields import Decoder, SampleDraws
-from diffusion_trainer.streaming.loader import Filled, Layout, Piece
+from diffusion_trainer.streaming.loader import Filled, Layout, Piece, Stop
 from diffusion_trainer.streaming.order import Mix
 from diffusion_trainer.streaming.ring import Ring
 from diffusion_trainer.streaming.samples import Samples
@@ -52,16 +52,14 @@ class Reader:
         """Shard and sample of the next candidate, after those that were `bad`."""
         if len(bad) > MAX_ATTEMPTS:
             last = "\n".join(f"  {f.kind}: sample {f.sample} of {f.shard}: {f.message}" for f in bad[-8:])
-            raise UserError(f"{MAX_ATTEMPTS} samples in a row are damaged; the last ones:\n{last}")
+            raise Hopeless(f"{MAX_ATTEMPTS} samples in a row are damaged; the last ones:\n{last}", bad)
         source, shard, sample = self.stream.instead(number, len(bad) - 1)
         return int(self.first_shard[source]) + shard, sample
 
-    def look_ahead(self, layout: Layout, item: int) -> None:
-        """Tells the store what an item some steps later will need."""
-        store = self.samples.store
-        if store.steps_ahead:
-            numbers = layout.numbers(item + store.steps_ahead * layout.micro_batches)
-            store.ahead([self.samples.span(k, i) for k, i in self.places(numbers).tolist()])
+    def look_ahead(self, layout: Layout, items: Sequence[int]) -> None:
+        """Tells the store what these items will need."""
+        for item in items:
+            self.samples.store.ahead([self.samples.span(k, i) for k, i in self.places(layout.numbers(item)).tolist()])
 
 
 @dataclass
@@ -73,14 +71,22 @@ class Items(Dataset):
     ring: Ring
     count: int = 0  # items that this process has made
 
-    def __getitem__(self, item: int) -> Piece | str:
-        worker = get_worker_info()
-        slot = self.ring.slot(worker.id if worker else 0, self.count)
+    def __getitem__(self, item: int) -> Piece | Stop:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        slot, first = self.ring.slot(worker, self.count), self.count == 0
         self.count += 1
         try:
-            self.reader.look_ahead(self.layout, item)
+            self.reader.look_ahead(self.layout, self._ahead(item, workers if first else 0))
             numbers = self.layout.numbers(item)
             bucket = self.reader.stream.bucket(numbers)
             return Piece(slot, bucket, self.reader.fill(numbers, self.ring.arrays(slot, bucket)))
         except UserError as error:
-            return str(error)  # as data: an exception would lose its message on the way from a worker
+            return Stop.of(error)
+
+    def _ahead(self, item: int, first_of: int) -> list[int]:
+        """What the store is to know of now: the item some steps later; of the first one of so many workers also its own
+        ones before that, as nobody has told of these."""
+        steps = self.reader.samples.store.steps_ahead * self.layout.micro_batches
+        soon = range(item, item + steps, first_of) if first_of else ()
+        return [*soon, item + steps] if steps else []

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
+from math import lcm
 
 import numpy as np
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.order import Mix, Order, Places, shares, turns
+from diffusion_trainer.streaming.order import Mix, Order, Places, turns_of
 
 
 def nearest(sizes: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarray:
@@ -37,18 +39,19 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class Bucketed:
-    """A stream in which each global batch is of one bucket, in proportion to their samples over each period of steps.
+    """A stream in which each global batch is of one bucket: of each period of steps each has its part, shuffled.
 
     Within a bucket the order is that of `Mix`: each sample once per epoch of the bucket. It depends on the batch size.
     """
 
     buckets: Sequence[Bucket]
-    shares: Sequence[int]  # steps of each bucket in a period
+    shares: Sequence[int]  # of the steps; of any size
+    period: int  # of steps
     batch_size: int
     seed: int
 
     def __post_init__(self):
-        object.__setattr__(self, "_period", lru_cache(4)(self._period))
+        object.__setattr__(self, "_steps", lru_cache(4)(self._steps))
 
     def bucket(self, numbers: range) -> int:
         return self._turn(numbers.start)[0]
@@ -68,13 +71,12 @@ class Bucketed:
 
     def _turn(self, number: int) -> tuple[int, int]:
         """Of the batch of sample `number`: its bucket, and the number that its first sample has there."""
-        period, slot = divmod(number // self.batch_size, sum(self.shares))
-        who, rank = self._period(period)
-        bucket = int(who[slot])
-        return bucket, (period * self.shares[bucket] + int(rank[slot])) * self.batch_size
+        block, slot = divmod(number // self.batch_size, self.period)
+        who, rank = self._steps(block)
+        return int(who[slot]), int(rank[slot]) * self.batch_size
 
-    def _period(self, period: int) -> tuple[np.ndarray, np.ndarray]:
-        return turns(self.shares, self.seed, "buckets", period)
+    def _steps(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        return turns_of(block, self.period, self.shares, self.seed, "buckets")
 
 
 def bucketed(
@@ -87,22 +89,49 @@ def bucketed(
     lanes: int,
     window: int,
 ) -> Bucketed:
-    """UserError for a shape that has too few samples to come at all."""
-    made, portions = [], []
-    totals = [sum(len(shard) for shard in shards) for shards in assigned.values()]
-    for b in range(len(shapes)):
-        picks = [[np.flatnonzero(shard == b).astype(np.uint32) for shard in shards] for shards in assigned.values()]
-        counts = [[len(shard) for shard in shards] for shards in picks]
-        portions.append(sum(w * sum(c) / n for w, c, n in zip(weights, counts, totals, strict=True)) / sum(weights))
-        if portions[b] * period < 1:
-            shape = "x".join(map(str, shapes[b]))
-            raise UserError(
-                f"data.buckets: only {sum(map(sum, counts))} images are nearest to {shape}, too few for one step in "
-                f"{period}; leave it out, and they go to the next nearest"
-            )
-        here = [s for s, c in enumerate(counts) if sum(c)]
+    """In the long run each source has exactly its weight's part of all samples, and its samples come equally often.
+
+    UserError for a source without samples, or a shape that has too few to come in each period of steps.
+    """
+    for name, shards in assigned.items():
+        if not any(map(len, shards)):
+            raise UserError(f"source {name} has no samples")
+    picks = [  # of each bucket, source and shard
+        [[np.flatnonzero(shard == b).astype(np.uint32) for shard in shards] for shards in assigned.values()]
+        for b in range(len(shapes))
+    ]
+    counts = [[[len(shard) for shard in shards] for shards in sources] for sources in picks]
+    parts = _parts([[sum(shards) for shards in sources] for sources in counts], weights)
+    _check(parts, counts, shapes, period)
+    made = []
+    for shape, mine, picked, counted in zip(shapes, parts, picks, counts, strict=True):
+        here = [s for s, part in enumerate(mine) if part]
         names = list(assigned)
-        orders = [Order(np.array(counts[s]), seed, f"{names[s]} {shapes[b]}", lanes, window) for s in here]
-        mix = Mix(orders, shares([weights[s] for s in here], period))
-        made.append(Bucket(mix, here, [picks[s] for s in here]))
-    return Bucketed(made, shares(portions, period), batch_size, seed)
+        orders = [Order(np.array(counted[s]), seed, f"{names[s]} {shape}", lanes, window) for s in here]
+        mix = Mix(orders, [mine[s] for s in here], period)
+        made.append(Bucket(mix, here, [picked[s] for s in here]))
+    return Bucketed(made, [sum(mine) for mine in parts], period, batch_size, seed)
+
+
+def _parts(counts: Sequence[Sequence[int]], weights: Sequence[float]) -> list[list[int]]:
+    """Of each bucket, and of each source in it, its part of all samples: what its samples there are of the source,
+    times the source's weight. Exactly, as whole numbers in proportion."""
+    totals = [sum(source) for source in zip(*counts, strict=True)]
+    exact = [[Fraction(w) * c / n for w, c, n in zip(weights, bucket, totals, strict=True)] for bucket in counts]
+    unit = lcm(*(part.denominator for bucket in exact for part in bucket))
+    return [[int(part * unit) for part in bucket] for bucket in exact]
+
+
+def _check(
+    parts: Sequence[Sequence[int]],
+    counts: Sequence[Sequence[Sequence[int]]],
+    shapes: Sequence[Sequence[int]],
+    period: int,
+) -> None:
+    whole = sum(map(sum, parts))
+    for mine, sources, shape in zip(parts, counts, shapes, strict=True):
+        if sum(mine) * period < whole:
+            raise UserError(
+                f"data.buckets: only {sum(map(sum, sources))} images are nearest to {'x'.join(map(str, shape))}, too "
+                f"few for one step in {period}; leave it out, and they go to the next nearest"
+            )

@@ -142,9 +142,6 @@ class CachedStore(Store):
                 f"shards: {url} is not there; make it (diffusion-trainer index), where the shards are, or in a folder "
                 "(out=...) for data.store.index"
             ) from gone
-        outside = [shard.url for shard in listed if "/" in shard.url]
-        if outside:
-            raise UserError(f"{url} names {outside[0]}, which is not beside it; an index holds the names of its folder")
         return {shard.url: shard for shard in listed}
 
     def _index_here(self, path: Path) -> list[Shard]:

@@ -1,6 +1,9 @@
 """What can be wrong with data: facts about the bytes, the same on every rank, unlike a storage that is ill today."""
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
+
+from diffusion_trainer.conventions import UserError
 
 
 class Damage(Exception):
@@ -52,3 +55,11 @@ class Found(NamedTuple):
     shard: str
     sample: int  # in the shard
     message: str
+
+
+class Hopeless(UserError):
+    """So much is damaged that nothing can be read. `found` is what the message tells the end of."""
+
+    def __init__(self, message: str, found: Sequence[Found]):
+        super().__init__(message)
+        self.found = found

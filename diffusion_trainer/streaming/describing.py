@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffusion_trainer.streaming.arrays import REFUSED, Json, Label, Text
+from diffusion_trainer.streaming.arrays import Json, Label, Text
 from diffusion_trainer.streaming.damage import TooLarge, WrongShape
 from diffusion_trainer.streaming.decoding import IMAGES, picture_of, undecodable
 from diffusion_trainer.streaming.fields import SampleDraws
 from diffusion_trainer.streaming.npy import npy, npz
+from diffusion_trainer.streaming.numeric import REFUSED
 
 MAX_PIXELS = 1 << 26
 MAX_BYTES = 1 << 26  # of text, or of the arrays of an npz

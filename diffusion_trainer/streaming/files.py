@@ -128,7 +128,7 @@ def _fetch_ahead(cache: Cache, remote: Remote, retries: Retries, piece: Piece) -
 
 def pieces(shard: Shard, first: int, last: int, piece_bytes: int | None) -> Iterable[Piece]:
     """What is fetched for bytes [first, last) of a shard."""
-    size = piece_bytes or shard.size
+    size = piece_bytes or max(1, shard.size)  # an index may say that there are none
     for start in range(first - first % size, last, size):
         yield shard, start, min(size, shard.size - start)
 

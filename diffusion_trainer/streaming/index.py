@@ -23,12 +23,15 @@ from isal import isal_zlib
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadArchive, Damage, Truncated
+from diffusion_trainer.streaming.locks import remove_left, replace_file
 from diffusion_trainer.streaming.tar import BLOCK, entries, key_and_extension
 
 INDEX = "index.json"
 OFFSETS, CHECKSUMS, SIZES = ".idx", ".crc", ".size"
 KIND = {"__kind__": "wids-shard-index-v1", "wids_version": 1}
 PIECE = 1 << 22  # bytes read at a time
+MAX_SHARD = 1 << 40  # bytes that one may have
+MAX_CRC32 = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def write_index(folder: Path, shards: Iterable[Shard]) -> None:
     """Adds the shards (their urls are names in the folder) to its index.json, or replaces their entries."""
     path = folder / INDEX
     with locked(folder):
+        remove_left(folder)
         known = read_index(path) if path.exists() else ()
         every = {shard.url: shard for shard in (*known, *shards)}
         replace_file(path, serialized(every.values()))
@@ -174,10 +178,25 @@ def entry_of(shard: Shard) -> dict[str, Any]:
 
 
 def shard_of(entry: Mapping[str, Any]) -> Shard:
-    """KeyError, TypeError or ValueError for what is no entry."""
-    checksums = entry.get("checksums")
-    numbers = (int(entry[key]) for key in ("nsamples", "filesize", "crc32"))
-    return Shard(entry["url"], *numbers, None if checksums is None else int(checksums))
+    """KeyError, TypeError or ValueError for what is no entry: who wrote it may be a stranger."""
+    name, size = _name(entry["url"]), _whole(entry, "filesize", MAX_SHARD)
+    samples = _whole(entry, "nsamples", size // BLOCK)  # each has a header at least
+    checksums = _whole(entry, "checksums", MAX_CRC32) if entry.get("checksums") is not None else None
+    return Shard(name, samples, size, _whole(entry, "crc32", MAX_CRC32), checksums)
+
+
+def _whole(entry: Mapping[str, Any], key: str, most: int) -> int:
+    value = entry[key]
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{key} is {repr(value)[:40]}, not a whole number from 0 to {most}")
+    return value
+
+
+def _name(url: Any) -> str:
+    """Of a file beside the index, and of no other place."""
+    if not isinstance(url, str) or "/" in url or "\0" in url or url in ("", ".", ".."):
+        raise ValueError(f"it names {repr(url)[:200]}, which is not beside it; an index holds the names of its folder")
+    return url
 
 
 def read_index(path: Path) -> list[Shard]:
@@ -189,15 +208,14 @@ def parse_index(data: bytes, where: str) -> list[Shard]:
     try:
         listed = json.loads(data)["shardlist"]
         return [shard_of(entry) for entry in listed]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # the last: thousands of brackets
         raise UserError(
             f"{where} is no index of shards ({type(error).__name__}: {error}); make it anew: diffusion-trainer index "
             "<shards> again=true"
         ) from error
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Whole, or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    os.replace(part, path)

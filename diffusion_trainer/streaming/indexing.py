@@ -1,11 +1,14 @@
 """Makes the index of shards, in parallel."""
 
+import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +22,9 @@ from diffusion_trainer.streaming.tar import Cutter
 from diffusion_trainer.streaming.writing import end_with_parent
 
 SAVE_EVERY = 1000  # shards: what an interruption may cost
+BYTES_PER_PROCESS = 1 << 29  # what is read in about the time that a process takes to start (it imports torch)
+
+Result = tuple[Shard, Counter[tuple[str, ...]], str | None]  # of a scan: fields, and what is damaged
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Report:
 
 def index(
     places: Sequence[Path | Site],
-    processes: int,
+    processes: int | None,
     again: bool = False,
     keep_damaged: bool = False,
     image_sizes: bool = False,
@@ -41,21 +47,22 @@ def index(
 ) -> Report:
     """Scans the shards that have no index (again: all of them) and writes it beside them.
 
-    A damaged shard is left out of the index; keep_damaged: its whole samples are in it. image_sizes: what buckets
-    need, too. progress(shards, bytes so far).
+    processes: None takes those that the bytes to read are worth; one is this one. A damaged shard is left out of the
+    index; keep_damaged: its whole samples are in it. image_sizes: what buckets need, too. progress(shards, bytes so
+    far).
     """
     sites = [LocalSite(place) if isinstance(place, Path) else place for place in places]
     report, size = Report(), 0
-    if again:
-        for here in _by_folder(sites).values():
+    for here in _by_folder(sites).values():
+        here[0].clean()
+        if again:
             here[0].begin_anew()
     todo = sites if again else _without_index(sites, image_sizes, report)
     found: list[tuple[Site, Shard | None]] = []  # None: it is not to be in the index
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
-        try:
-            jobs = {pool.submit(_scan, site, keep_damaged, image_sizes): site for site in todo}
-            for done, job in enumerate(as_completed(jobs), 1):
-                site, (shard, fields, damage) = jobs[job], job.result()
+    work = partial(_scan, keep_damaged=keep_damaged, image_sizes=image_sizes)
+    try:
+        with closing(_scanned(todo, work, min(processes or _worth(todo), len(todo)))) as scanned:
+            for done, (site, (shard, fields, damage)) in enumerate(scanned, 1):
                 size += shard.size
                 if damage is not None:
                     report.damaged[str(site)] = f"{damage}; {shard.samples} whole samples before it"
@@ -66,10 +73,32 @@ def index(
                 if len(found) >= SAVE_EVERY:
                     _save(found, report)
                 progress(done, size)
+    finally:
+        _save(found, report)
+    return report
+
+
+def _worth(todo: Sequence[Site]) -> int:
+    """How many processes. A store's shards are worth one each: they wait for the network."""
+    size = sum(site.size() for site in todo if isinstance(site, LocalSite))
+    remote = sum(not isinstance(site, LocalSite) for site in todo)
+    return max(1, min(os.cpu_count() or 1, remote + size // BYTES_PER_PROCESS))
+
+
+def _scanned(
+    todo: Sequence[Site], work: Callable[[Site], Result], processes: int
+) -> Generator[tuple[Site, Result], None, None]:
+    """As they are done."""
+    if processes < 2:
+        yield from ((site, work(site)) for site in todo)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin) as pool:
+        try:
+            jobs = {pool.submit(work, site): site for site in todo}
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            _save(found, report)
-    return report
 
 
 def _without_index(sites: Sequence[Site], image_sizes: bool, report: Report) -> list[Site]:
@@ -110,7 +139,7 @@ def _by_folder(sites: Sequence[Site]) -> dict[str, list[Site]]:
     return folders
 
 
-def _scan(site: Site, keep_damaged: bool, image_sizes: bool) -> tuple[Shard, Counter, str | None]:
+def _scan(site: Site, keep_damaged: bool, image_sizes: bool) -> Result:
     with site.local() as path:
         found = scan(path)
         if found.damage is None or keep_damaged:

@@ -1,12 +1,11 @@
 """Looks into shards that somebody made: which they are, whether they are whole, and what is in their samples."""
 
-import fnmatch
-import glob
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from time import perf_counter
@@ -20,9 +19,9 @@ from webdataset.shardlists import expand_urls
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadChecksum, Damage, Found, MissingShard, Truncated
 from diffusion_trainer.streaming.describing import describe
-from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, PIECE, SIZES, Scan, Shard, read_index, scan
+from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, PIECE, Scan, Shard, scan
 from diffusion_trainer.streaming.samples import Samples
-from diffusion_trainer.streaming.stores import LocalStore
+from diffusion_trainer.streaming.stores import Folder, LocalStore, folders, matching
 
 WRONG_INDEX = "wrong_index"  # beside the kinds of damage: what the index says does not fit
 WHOLE = -1  # the sample of a finding that concerns the whole shard
@@ -51,32 +50,41 @@ class Contents(NamedTuple):
 
 
 def find(pattern: str) -> list[Listed]:
-    """The shards that a path, glob or brace pattern names (of a folder, all *.tar in it): those that are there, and
-    those that its index has. UserError if there are none."""
+    """The shards that a path, glob or brace pattern names: those that are there, and those that its index has. Of a
+    folder, or the index in it: all *.tar. UserError if there are none."""
     if "://" in pattern or pattern.startswith("pipe:"):
         raise UserError(f"{pattern} is no local path; inspect a copy")
+    listed = cache(_folders)
     try:
-        return [listed for name in expand_urls(pattern) for listed in _matching(name)]
+        return [one for name in expand_urls(pattern) for one in _matching(Path(name), listed)]
     except (OSError, ValueError) as error:
         raise UserError(f"{pattern} cannot be read ({error})") from error
 
 
-def _matching(name: str) -> list[Listed]:
-    name = str(Path(name) / "*.tar") if Path(name).is_dir() else name
-    found = [listed for folder in sorted(glob.glob(str(Path(name).parent))) for listed in _in(Path(folder), name)]
+def _folders(path: Path) -> list[tuple[Path, Mapping[str, Shard | None]]]:
+    return [(folder.path, _shards_in(folder)) for folder in folders(path)]
+
+
+def _shards_in(folder: Folder) -> dict[str, Shard | None]:
+    """By name, those that are there or in the index; None: it is not in the index."""
+    indexed = {name: folder.shard(name) for name in folder.indexed}
+    new = folder.there - indexed.keys() - {INDEX}
+    return {name: None for name in new if not name.startswith(".") and (folder.path / name).is_file()} | indexed
+
+
+def _matching(path: Path, listed: Callable[[Path], list[tuple[Path, Mapping]]]) -> list[Listed]:
+    if path.is_dir():
+        path = path / "*.tar"
+    elif path.name == INDEX:
+        path = path.with_name("*.tar")
+    found = [
+        Listed(folder / name, shards[name])
+        for folder, shards in listed(path.parent)
+        for name in matching(shards, path.name)
+    ]
     if not found:
-        raise UserError(f"no file matches {name} (looked in {Path(name).absolute().parent})")
+        raise UserError(f"no file matches {path} (looked in {path.absolute().parent})")
     return found
-
-
-def _in(folder: Path, pattern: str) -> Iterator[Listed]:
-    index = folder / INDEX
-    entries = [s for s in read_index(index) if "/" not in s.url] if index.is_file() else []  # no other folder's files
-    indexed = {s.url: replace(s, url=str(folder / s.url)) for s in entries}
-    there = {n for n in os.listdir(folder) if (folder / n).is_file() and not n.startswith(".") and n != INDEX}
-    for name in sorted(fnmatch.filter(there | set(indexed), Path(pattern).name)):
-        if not name.endswith((OFFSETS, CHECKSUMS, SIZES)):
-            yield Listed(folder / name, indexed.get(name))
 
 
 def examine(listed: Listed, verify: bool) -> Contents:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.damage import Found
+from diffusion_trainer.streaming.damage import Found, Hopeless
 from diffusion_trainer.streaming.fields import Decoder
 from diffusion_trainer.streaming.ring import Ring
+from diffusion_trainer.streaming.workers import DeadWorker, pieces
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,27 @@ class Piece(NamedTuple):
     filled: Filled
 
 
+class Stop(NamedTuple):
+    """Instead of a piece, as data: an exception would lose its message on the way from a worker."""
+
+    message: str
+    found: Sequence[Found]
+
+    @classmethod
+    def of(cls, error: UserError) -> "Stop":
+        return cls(str(error), error.found if isinstance(error, Hopeless) else [])
+
+
 @dataclass
 class Loader:
     """This rank's items, in order: batches on the CPU, in pinned memory where there is a GPU.
 
     Each is {field: tensor or list, first: number of its first sample, samples: (B, 2) int64, the shards and samples in
-    them that were used, damage: a list of Found}. What stops the run comes as {error: its message} instead.
+    them that were used, damage: a list of Found}. What stops the run comes as {error: its message, damage: a
+    list of Found} instead.
     """
 
-    source: Callable[[Ring], Dataset]  # of pieces, or messages of what is wrong
+    source: Callable[[Ring], Dataset]  # of pieces, or a Stop
     decoder: Decoder
     layout: Layout
     items: range
@@ -101,16 +114,14 @@ class Loader:
             worker_init_fn=_outlive_a_stop,
             multiprocessing_context="fork" if self.workers else None,  # the ring is mapped in both
         )
-        pieces = iter(loader)
-        for item in self.items:
-            try:
-                piece = next(pieces, None)
-            except RuntimeError as error:  # the last word: torch would wait for the dead worker's next batch for ever
-                yield {"error": _of_dead_worker(error)}
-                return
-            if piece is None:  # an error before was the last word
-                return
-            yield {"error": piece} if isinstance(piece, str) else self._batch(item, piece, ring)
+        try:
+            for item, piece in zip(self.items, pieces(loader), strict=False):  # an error is the last piece
+                if isinstance(piece, Stop):
+                    yield {"error": piece.message, "damage": list(piece.found)}
+                else:
+                    yield self._batch(item, piece, ring)
+        except DeadWorker as death:
+            yield {"error": str(death), "damage": []}
 
     def _batch(self, item: int, piece: Piece, ring: Ring) -> dict[str, Any]:
         """Copies the piece out of the ring."""
@@ -120,22 +131,12 @@ class Loader:
         return batch | {"first": first, "samples": torch.from_numpy(samples), "damage": found}
 
 
-def _of_dead_worker(error: RuntimeError) -> str:
-    """torch's own message, with what to do; any other error is raised."""
-    if "DataLoader worker" not in str(error):
-        raise error
-    return (
-        f"{str(error).splitlines()[0]} Perhaps the memory did not suffice: use fewer data.num_workers or a smaller "
-        "data.prefetch. The newest checkpoint stands: run the same command again to resume from it"
-    )
-
-
 def _copy(array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(array)
     return torch.empty_like(tensor, pin_memory=torch.cuda.is_available()).copy_(tensor)
 
 
-def _as_it_is(piece: Piece | str) -> Piece | str:
+def _as_it_is(piece: Piece | Stop) -> Piece | Stop:
     return piece  # DataLoader's own would make tensors of the small arrays, each with a file of its own
 
 

@@ -5,6 +5,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+HEX = "[0-9a-f]"
 
 _held: set[int] = set()  # descriptors
 
@@ -42,3 +45,32 @@ def _lock(descriptor: int, wait: bool) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Whole, or not at all. The kernel frees the lock on what is being written when its writer is killed, on whatever
+    machine: so it can be told from what a living one writes."""
+    while True:
+        part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+        with part.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # else it was taken for a dead one's before it was locked
+                file.write(data)
+                file.flush()
+                os.replace(part, path)
+                return
+
+
+def remove_left(folder: Path) -> None:
+    """What processes that were killed were writing there with `replace_file`."""
+    for part in folder.glob(f".*.{HEX * 32}.part"):
+        _remove_if_left(part)
+
+
+def _remove_if_left(part: Path) -> None:
+    try:
+        with part.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+    except (BlockingIOError, FileNotFoundError, PermissionError):
+        return  # it is being written, or was whole meanwhile, or is not ours

@@ -163,14 +163,41 @@ def turns(shares: Sequence[int], *key: int | str) -> tuple[np.ndarray, np.ndarra
     return who, rank
 
 
+def counts(n: int, parts: Sequence[int]) -> list[int]:
+    """How many of the first n turns each one has, in proportion to the parts: exactly, where n is a multiple of their
+    sum, and else to less than as many turns as there are parts. None has fewer as n grows.
+
+    The first has its part of the turns, rounded down; the others share what is left in the same way.
+    """
+    found, left, total = [], n, sum(parts)
+    for part in parts:
+        found.append(left * part // total if part else 0)
+        left, total = left - found[-1], total - part
+    return found
+
+
+def turns_of(block: int, period: int, parts: Sequence[int], *key: int | str) -> tuple[np.ndarray, np.ndarray]:
+    """As `turns`, of the slots [block * period, (block + 1) * period): who has each, and how many before it since
+    slot 0 are theirs."""
+    before, after = (np.array(counts(n * period, parts)) for n in (block, block + 1))
+    who, rank = turns(after - before, *key, block)
+    return who, before[who] + rank
+
+
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """The stream of several sources: of each `period` samples in a lane, source s has exactly shares[s], shuffled."""
+    """The stream of several sources: each has its part of each `period` samples in a lane, shuffled.
+
+    Of a period that is the sum of the shares, source s has exactly shares[s]; of another one, a whole number beside it,
+    which differs from period to period so that the proportion is exact in the long run.
+    """
 
     orders: Sequence[Order]
-    shares: Sequence[int]  # they sum to the period
+    shares: Sequence[int]  # of any size
+    period: int | None = None  # None: their sum
 
     def __post_init__(self):
+        object.__setattr__(self, "period", self.period or sum(self.shares))
         object.__setattr__(self, "_pattern", lru_cache(2 * self.orders[0].lanes + 2)(self._pattern))
 
     def bucket(self, numbers: range) -> int:
@@ -208,15 +235,15 @@ class Mix:
         """Of samples n, all of one lane: the source, and the number in its order."""
         if len(self.orders) == 1:
             return np.zeros(len(n), np.int64), n
-        lanes, period = self.orders[0].lanes, sum(self.shares)
-        blocks, slots = np.divmod(n // lanes, period)
+        lanes = self.orders[0].lanes
+        blocks, slots = np.divmod(n // lanes, self.period)
         source, elements = np.empty(len(n), np.int64), np.empty(len(n), np.int64)
         for block in np.unique(blocks):
             here = blocks == block
             which, rank = self._pattern(lane, int(block))
             source[here] = which[slots[here]]
-            elements[here] = block * np.asarray(self.shares)[source[here]] + rank[slots[here]]
+            elements[here] = rank[slots[here]]
         return source, elements * lanes + lane
 
     def _pattern(self, lane: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        return turns(self.shares, self.orders[0].seed, "mix", lane, block)
+        return turns_of(block, self.period, self.shares, self.orders[0].seed, "mix", lane)

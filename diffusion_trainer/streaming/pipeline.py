@@ -14,9 +14,9 @@ from webdataset.shardlists import expand_urls
 
 from diffusion_trainer.conventions import UserError, seed_of
 from diffusion_trainer.streaming.base import Data
-from diffusion_trainer.streaming.damage import BadArchive, Damage, Found
+from diffusion_trainer.streaming.damage import BadArchive, Damage, Found, Hopeless
 from diffusion_trainer.streaming.fields import Field, SampleDraws
-from diffusion_trainer.streaming.loader import Filled, Layout, Loader, Piece
+from diffusion_trainer.streaming.loader import Filled, Layout, Loader, Piece, Stop
 from diffusion_trainer.streaming.ring import Ring
 
 MAX_BAD = 1000  # failures in a row, of samples or shards
@@ -99,7 +99,7 @@ class _Stream(IterableDataset):
         self._without = 0  # shards opened since the last sample
         self._samples: Iterator[dict[str, bytes]] | None = None
 
-    def __iter__(self) -> Iterator[Piece | str]:
+    def __iter__(self) -> Iterator[Piece | Stop]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
@@ -110,7 +110,7 @@ class _Stream(IterableDataset):
                 slot = self.ring.slot(worker, made)
                 yield Piece(slot, 0, self.fill(self.layout.numbers(item), self.ring.arrays(slot)))
         except UserError as error:
-            yield str(error)
+            yield Stop.of(error)
 
     def fill(self, numbers: range, arrays: Sequence[np.ndarray]) -> Filled:
         if self._samples is None:
@@ -154,4 +154,4 @@ class _Stream(IterableDataset):
     def _give_up(self) -> None:
         if len(self._found) >= MAX_BAD:
             last = "\n".join(f"  {f.kind}: {f.shard}: {f.message}" for f in self._found[-8:])
-            raise UserError(f"{MAX_BAD} failures within one batch; the last ones:\n{last}")
+            raise Hopeless(f"{MAX_BAD} failures within one batch; the last ones:\n{last}", self._found)

@@ -12,6 +12,7 @@ from diffusion_trainer.conventions import UserError
 LONGEST_WAIT_SECONDS = 60.0
 LONGEST_SECONDS = 900.0  # in all: a try may take long, too
 LONGEST_ASKED_SECONDS = 300.0  # a store that wants more (Retry-After) is down
+AGAIN = "What was done stands: once it can be read, run the same command again"  # whatever the verb
 _JITTER = SystemRandom()  # forked workers would share the state of any other, and all come back at the same moment
 
 Result = TypeVar("Result")
@@ -63,8 +64,7 @@ class Retries:
                 seconds = time.monotonic() - begin
                 if tries > self.count or sick.asked_seconds > LONGEST_ASKED_SECONDS or seconds > LONGEST_SECONDS:
                     raise UserError(
-                        f"{url} cannot be had: {sick} (tried {tries} times in {seconds:.0f} s). "
-                        "The checkpoint stands; start again to resume"
+                        f"{url} cannot be had: {sick} (tried {tries} times in {seconds:.0f} s). {AGAIN}"
                     ) from sick
                 time.sleep(sick.asked_seconds + self._wait(tries - 1))
 

@@ -4,6 +4,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 from isal import isal_zlib
 
 from diffusion_trainer.streaming.damage import BadChecksum, TooLarge
@@ -62,7 +63,8 @@ class Samples:
             if suffix == CHECKSUMS and shard.checksums not in (isal_zlib.crc32(data), None):
                 raise stale(shard)  # it was written again, of the same size, and index.json is older
             numbers.frombytes(data)
-        if offsets[-1] > shard.size:
+        places = np.frombuffer(offsets, np.uint64)
+        if offsets[-1] > shard.size or (places[1:] < places[:-1]).any():
             raise stale(shard)
         self._tables[k] = offsets, checksums
         self._table_bytes += _size(offsets, checksums)

@@ -10,12 +10,11 @@ from pathlib import Path
 import fsspec
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.index import INDEX, Shard, locked, parse_index, replace_file, serialized
+from diffusion_trainer.streaming.index import INDEX, MAX_SHARD, Shard, locked, parse_index, serialized
+from diffusion_trainer.streaming.locks import remove_left, replace_file
 from diffusion_trainer.streaming.remote import Gone, Remote, read
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.urls import located
-
-MAX_SHARD = 1 << 40  # bytes that one may have
 
 
 class Site(ABC):
@@ -64,6 +63,10 @@ class Site(ABC):
         if every or self.has(INDEX):
             self.put(INDEX, serialized(every.values()))
 
+    def clean(self) -> None:
+        """Removes from its folder what was being written by processes that were killed."""
+        return None
+
     def gone(self) -> set[str]:
         """Of the shards that its folder's index lists, those that are there no more, where that is cheap to tell."""
         return set()
@@ -94,6 +97,9 @@ class LocalSite(Site):
 
     def put(self, name: str, data: bytes) -> None:
         replace_file(self.path.with_name(name), data)
+
+    def clean(self) -> None:
+        remove_left(self.path.parent)
 
     def size(self) -> int:
         return self.path.stat().st_size
@@ -151,6 +157,10 @@ class RemoteSite(Site):
                 f"{url} cannot be written ({type(error).__name__}: {error}); write the index to a folder, out=..., and "
                 "train with data.store.index=... that folder, or copy its files to where the shards are"
             ) from error
+
+    def clean(self) -> None:
+        if self.out is not None:
+            LocalSite(self.out / self.name).clean()
 
     def size(self) -> int | None:
         return self.retries(self.url, lambda: self.remote.size(self.url))

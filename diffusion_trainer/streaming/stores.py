@@ -6,8 +6,9 @@ import os
 import resource
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from webdataset.shardlists import expand_urls
@@ -15,6 +16,7 @@ from webdataset.shardlists import expand_urls
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import MissingShard, Truncated
 from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, read_index
+from diffusion_trainer.streaming.retries import AGAIN
 
 MAX_OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # files of one process
 
@@ -84,8 +86,8 @@ class LocalStore(Store):
             raise UserError(
                 f"shards: {pattern} is not a local path; use data=remote data.store.cache=<a folder on this node>"
             )
-        indexes: dict[Path, dict[str, Shard]] = {}
-        return [shard for name in expand_urls(pattern) for shard in _matching(name, indexes)]
+        listed = cache(folders)  # braces may name a hundred thousand of one
+        return [shard for name in expand_urls(pattern) for shard in _matching(Path(name), listed)]
 
     def sidecar(self, shard: Shard, suffix: str) -> bytes:
         try:
@@ -100,37 +102,60 @@ class LocalStore(Store):
             raise ill(f"{shard.url}{suffix}", error) from error
 
 
-def _matching(name: str, indexes: dict[Path, dict[str, Shard]]) -> list[Shard]:
-    path = Path(name)
-    if path.is_dir():
-        raise UserError(f"shards: {name} is a folder; name its files: {name.rstrip('/')}/*.tar")
+class Folder:
+    """What lies in a folder of shards and what its index has, listed once for any number of patterns."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        listed = read_index(path / INDEX) if (path / INDEX).is_file() else []
+        self.indexed = {shard.url: shard for shard in listed}
+        self.there = {name for name in os.listdir(path) if not name.endswith((OFFSETS, CHECKSUMS, SIZES))}
+
+    def shard(self, name: str) -> Shard:
+        """Of the index, its url being the path."""
+        return replace(self.indexed[name], url=str(self.path / name))
+
+
+def folders(path: Path) -> list[Folder]:
+    """Those that a path or glob names, in order."""
+    return [Folder(p) for p in sorted([path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))]
+
+
+def matching(names: Collection[str], pattern: str) -> list[str]:
+    """Those that a name or glob names, in order."""
+    if any(letter in pattern for letter in "*?["):
+        return sorted(fnmatch.filter(names, pattern))
+    return [pattern] if pattern in names else []
+
+
+def _matching(path: Path, listed: Callable[[Path], list[Folder]]) -> list[Shard]:
     found: list[Shard] = []
-    folders = [path.parent] if path.parent.is_dir() else map(Path, glob.glob(str(path.parent), recursive=True))
-    for folder in sorted(folders):
-        if folder not in indexes:
-            listed = read_index(folder / INDEX) if (folder / INDEX).is_file() else []
-            indexes[folder] = {shard.url: shard for shard in listed}
-        there = {
-            n for n in fnmatch.filter(os.listdir(folder), path.name) if not n.endswith((OFFSETS, CHECKSUMS, SIZES))
-        }
-        indexed = fnmatch.filter(indexes[folder], path.name)
-        if there - set(indexed):
-            new = folder / min(there - set(indexed))
-            raise UserError(f"shards: {new} has no index; make it: diffusion-trainer index '{name}'")
-        found += [replace(indexes[folder][n], url=str(folder / n)) for n in sorted(indexed)]
+    for folder in listed(path.parent):
+        names = matching(folder.indexed, path.name)
+        new = set(matching(folder.there, path.name)).difference(names)
+        if new:
+            _check_names_files(path)
+            raise UserError(f"shards: {folder.path / min(new)} has no index; make it: diffusion-trainer index '{path}'")
+        found += map(folder.shard, names)
     if not found:
+        _check_names_files(path)
         raise UserError(
-            f"shards: no file matches {name} (looked in {path.absolute().parent}). "
+            f"shards: no file matches {path} (looked in {path.absolute().parent}). "
             "Write them first (for the digits: python data/digits.py) or say where they are: data.shards=..."
         )
     return found
 
 
+def _check_names_files(path: Path) -> None:
+    """UserError where something else was meant to name the shards in a folder."""
+    if path.is_dir():
+        raise UserError(f"shards: {path} is a folder; name its files: {path}/*.tar")
+    if path.name == INDEX:
+        raise UserError(f"shards: {path} is their index; name the files: {path.parent}/*.tar")
+
+
 def ill(path: str, error: OSError) -> UserError:
-    return UserError(
-        f"{path} cannot be read ({error.strerror}): is its file system there? "
-        "The checkpoint stands; start again to resume"
-    )
+    return UserError(f"{path} cannot be read ({error.strerror}): is its file system there? {AGAIN}")
 
 
 def stale(shard: Shard) -> UserError:

@@ -18,6 +18,8 @@ REGULAR = b"0\x007"  # type flags of files (0, old-style NUL, contiguous)
 NO_DATA = b"123456"  # links, devices, folders, pipes: whatever size they tell, nothing follows
 EXTENDED = b"Lx"  # GNU's long name, or pax records, of the header that follows
 COMMON = b"gK"  # pax records for all, a link's long target: they say nothing of one member's name
+SPARSE = b"S"  # GNU's old way for files with holes; in pax headers they are records
+SPARSE_RECORDS = b"GNU.sparse."
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _META = re.compile(r"__[^/]*__(/|\Z)")  # webdataset's
 
@@ -76,6 +78,8 @@ def entries(data: Bytes, checked: bool = False) -> Iterator[tuple[Member, bool]]
         if checked:
             _check(header, at)
         kind = header[156:157]
+        if kind == SPARSE:
+            raise _sparse(at)
         told = _number(header[124:136], at) if long.size is None else long.size
         size, offset = 0 if kind in NO_DATA else told, at + BLOCK
         if offset + size > end:
@@ -104,6 +108,8 @@ class _Long(NamedTuple):
         if kind == b"L":
             return self._replace(name=_text(body))
         records = _pax(body, at)
+        if any(key.startswith(SPARSE_RECORDS) for key in records):
+            raise _sparse(at)
         return self._replace(
             name=_text(records[b"path"]) if b"path" in records else self.name,
             size=_decimal(records[b"size"], at) if b"size" in records else self.size,
@@ -122,6 +128,11 @@ def _pax(body: bytes, at: int) -> dict[bytes, bytes]:
         records[key] = value
         body = body[size:]
     return records
+
+
+def _sparse(at: int) -> BadArchive:
+    """What follows is a map of the file's holes and what lies between them: as a file it would be other bytes."""
+    return BadArchive(f"the member at byte {at} is stored as a sparse file; write the tar without --sparse (-S)")
 
 
 def _decimal(digits: bytes, at: int) -> int:
@@ -177,7 +188,9 @@ def _pattern(extension: str, member: Member, data: memoryview) -> bytes:
     return (
         rb"(?!__)(?=[\x01-\x7f]{1,%d}%b)" % (longest, dot_and_extension)  # ASCII, and all of it in the header
         + rb"(?=(?:[^\0]*/)?(?!__)[^\0/.]+%b)" % dot_and_extension
-        + rb".{124}%b.{20}%c.{%d}" % (size, REGULAR[0], BLOCK - 157 + padded(member.size))
+        + rb".{124}%b.{20}%c.{100}" % (size, REGULAR[0])
+        + rb"(?!ustar\0.{82}[^\0])"  # a name's first part, which POSIX has apart
+        + rb".{%d}" % (BLOCK - 257 + padded(member.size))
     )
 
 
@@ -214,5 +227,7 @@ class Cutter:
 def _is_plain(member: Member, data: memoryview) -> bool:
     """Its name is all in its header, which has the type that writers of today give to files."""
     name = member.name.encode()
+    if len(name) >= NAME:  # no NUL ends it
+        return False
     named = member.name.isascii() and data[member.start : member.start + len(name) + 1] == name + bytes(1)
     return named and data[member.start + 156] == REGULAR[0]

@@ -1,17 +1,20 @@
 """diffusion-trainer index, as a user runs it."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 from conftest import command, finish
+from streaming.flaky import serving
 from streaming.making import END, member, shard_bytes
 
 from diffusion_trainer.apps import cli
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.index import read_index, scan
+from diffusion_trainer.streaming.retries import AGAIN
 
 INDEX = "shards/index.json"
 
@@ -27,8 +30,8 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def contents() -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(Path("shards").iterdir())}
+def contents(folder: str = "shards") -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}
 
 
 def run(*arguments: str, capsys) -> tuple[int, str, str]:
@@ -51,7 +54,6 @@ def test_any_number_of_processes_writes_the_same_files(here, capsys):
     assert contents() == one
 
 
-@pytest.mark.slow
 def test_a_damaged_shard_is_named_left_out_and_kept_on_demand(here, capsys):
     os.truncate("shards/x-003.tar", 5000)
     code, said, told = run("shards/x-{000..003}.tar", "processes=1", capsys=capsys)
@@ -67,7 +69,6 @@ def test_a_damaged_shard_is_named_left_out_and_kept_on_demand(here, capsys):
     assert read_index(here / INDEX)[3] == scan(Path("shards/x-003.tar")).shard("x-003.tar")
 
 
-@pytest.mark.slow
 def test_the_same_command_again_has_nothing_to_do(here, capsys):
     """Also where its pattern names what the first run wrote."""
     assert run("shards/x-*", "processes=1", capsys=capsys)[0] == 0
@@ -100,7 +101,7 @@ def test_it_goes_on_after_it_was_killed(here):
 def test_a_process_that_is_killed_is_told_and_what_was_done_stands(here):
     for k in range(4, 300):
         Path(f"shards/x-{k:03d}.tar").write_bytes(shard_bytes(range(60)))
-    process = command("index", "shards/*.tar", "processes=1", cwd=here)
+    process = command("index", "shards/*.tar", "processes=2", cwd=here)
     end = time.monotonic() + 60
     while len(list(here.glob("shards/*.idx"))) < 5 and time.monotonic() < end:
         time.sleep(0.005)
@@ -113,10 +114,11 @@ def test_a_process_that_is_killed_is_told_and_what_was_done_stands(here):
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_was_done(here):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_keeps_what_was_done(here, processes):
     for k in range(4, 300):
         Path(f"shards/x-{k:03d}.tar").write_bytes(shard_bytes(range(60)))
-    process = command("index", "shards/*.tar", "processes=1", cwd=here)
+    process = command("index", "shards/*.tar", f"processes={processes}", cwd=here)
     end = time.monotonic() + 60
     while len(list(here.glob("shards/*.idx"))) < 5 and time.monotonic() < end:
         time.sleep(0.005)
@@ -124,6 +126,22 @@ def test_ctrl_c_keeps_what_was_done(here):
     code, output = finish(process)
     assert (code, "Traceback" in output) == (130, False), output
     assert 1 <= len(read_index(here / INDEX)) <= 300
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_shards_at_urls_have_the_index_of_their_copies_here(here, capsys, monkeypatch, processes):
+    """In a folder for a store that takes no files, beside them in another; a URL that is given twice counts once."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    shutil.copytree("shards", "there")
+    with serving(here / "there") as server:
+        url = f"{server.url}/x-{{000..003}}.tar"
+        code, said, _ = run(url, url, "out=made", f"processes={processes}", capsys=capsys)
+    assert code == 0
+    assert "4 shards, 6 samples" in said
+    assert run(f"file://{here}/there/x-*.tar", f"processes={processes}", capsys=capsys)[0] == 0
+    assert run("shards", "processes=1", capsys=capsys)[0] == 0
+    assert contents("there") == contents("shards")
+    assert contents("made") == {n: d for n, d in contents("shards").items() if not n.endswith((".tar", ".txt"))}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +153,7 @@ def test_ctrl_c_keeps_what_was_done(here):
         (["shards/*.tar", "proceses=2"], "no file matches proceses=2"),
         (["shards/*.tar", "processes=0"], "processes must be positive"),
         (["shards/*.tar", "again=perhaps"], "again"),
+        (["http://127.0.0.1:1/x.tar", "retries=0"], rf"cannot be had.*\. {AGAIN}$"),
     ],
 )
 def test_mistakes_are_told(here, arguments, message):
@@ -150,7 +169,6 @@ def test_an_index_that_is_none_is_refused_and_not_replaced(here):
     assert (here / INDEX).read_text() == "{}"
 
 
-@pytest.mark.slow
 def test_a_tar_with_no_samples_and_a_folder_that_cannot_be_written(here, capsys):
     Path("shards/y.tar").write_bytes(member("README", b"1") + END)
     code, said, _ = run("shards/y.tar", "processes=1", capsys=capsys)

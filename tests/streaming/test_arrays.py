@@ -206,6 +206,7 @@ def test_extensions_of_pickles_are_refused(extension):
         (lambda: Label(".cls"), "no dot before"),
         (lambda: Label("CLS"), "lower case"),
         (lambda: Label(""), "lower case"),
+        (lambda: Label(num_classes=0), "num_classes must be positive"),
         (lambda: Latent(4, 0, 6), "positive"),
         (lambda: Array((3, -1)), "positive"),
         (lambda: Array((3,), "float17"), "float17.*unknown"),
@@ -298,6 +299,19 @@ def test_labels_in_json():
     for text in (b"[3]", b"3"):
         with pytest.raises(MissingField):
             decoded(field, text)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [(Label(num_classes=10), b"%d"), (Label("json", "label", num_classes=10), b'{"label": %d}')],
+    ids=["cls", "json"],
+)
+def test_a_label_that_is_not_below_the_number_of_classes_is_damage(field, text):
+    for label in (0, 9):
+        assert decoded(field, text % label).item() == label
+    for label in (10, 11, 10**17):
+        with pytest.raises(Undecodable, match=rf"label {label} is out of range: there are 10 classes, 0 to 9"):
+            decoded(field, text % label)
 
 
 def test_text_and_json_are_python_objects():

@@ -1,5 +1,6 @@
 """Any world, any workers, any restarts: the same global batches."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +15,7 @@ from diffusion_trainer.streaming.data import Source
 from diffusion_trainer.streaming.fields import SampleDraws
 from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.streaming.order import Mix, Order
+from diffusion_trainer.streaming.stores import LocalStore
 
 WORLDS = (1, 2, 4, 8)
 COUNTS = st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(any)
@@ -178,3 +180,27 @@ def test_pieces_are_every_Pth_place(world, micro_batches, size, step):
     first = step * count * size
     assert [numbers[0] - first for numbers in cut] == list(range(count))
     assert sorted(n for numbers in cut for n in numbers) == list(range(first, first + count * size))
+
+
+@dataclass
+class Listening(LocalStore):
+    steps_ahead = 2
+    told: list = field(default_factory=list)
+    reads: list = field(default_factory=list)  # what is read, and how much had been told before
+
+    def ahead(self, pieces):
+        self.told += pieces
+
+    def read(self, shard, offset, into):
+        self.reads.append(((shard, offset, offset + len(into)), len(self.told)))
+        super().read(shard, offset, into)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_what_is_read_was_announced_some_steps_before_or_at_the_start(folder, micro_batches, first_step):
+    store, layout = Listening(), Layout(8, micro_batches=micro_batches)
+    pieces(shard_data(f"{folder}/*.tar", store=store), layout, range(first_step, first_step + 5))
+    assert [piece for piece, _ in store.reads] == store.told[: 5 * 8]  # in the order of reading, each once
+    ahead = store.steps_ahead * 8 + layout.size
+    assert [told for _, told in store.reads] == [k // layout.size * layout.size + ahead for k in range(5 * 8)]

@@ -128,3 +128,25 @@ def test_keys_of_any_length_take_the_short_cut():
         assert known.match(memoryview(member(f"{key}.x"))), key
     for name in ("k" * 98 + ".x", "__k/a.x", "k/__a.x", "k/a.b.x", "k/.x", ".x", "k/a.y", "k/é.x"):
         assert not known.match(memoryview(member(name))), name
+
+
+@pytest.mark.parametrize("mode", [b"0000644\0", bytes(8)])
+def test_a_name_that_fills_its_field_is_read_like_any_other(mode):
+    """With nothing behind it its end is known by the field alone: nothing is learnt of it."""
+    block = bytearray(header(b"a." + b"x" * 98, 0))
+    block[100:108] = mode
+    cut = Cutter()
+    for _ in range(2):
+        assert list(cut(memoryview(bytes(block)))) == ["x" * 98]
+
+
+def test_a_name_in_two_parts_takes_no_short_cut():
+    """POSIX's prefix may make a member of no sample out of one whose name alone would be one's."""
+    usual, hidden = member("a.x") + member("a.y"), member("a.x") + member("a.y", prefix=b"__meta__")
+    cut = Cutter()
+    assert list(cut(memoryview(usual))) == ["x", "y"]
+    (known,) = cut._known.values()
+    assert not known.match(memoryview(hidden))
+    assert list(cut(memoryview(hidden))) == ["x"]
+    gnu = member("a.x", magic=b"ustar  \0", prefix=b"12345") + member("a.y")  # there it is no part of the name
+    assert known.match(memoryview(gnu))

@@ -202,7 +202,9 @@ def test_where_all_is_damaged_it_ends_with_a_list(folder, workers):
     for path in folder.glob("*.tar"):
         cut(0, path.name)(folder)
     pieces = list(data_of(folder, workers).loader(Layout(4), 5, 4, 0, 3))
-    assert [set(piece) for piece in pieces] == [{"error"}] * 3
+    assert [set(piece) for piece in pieces] == [{"error", "damage"}] * 3
+    assert [f.kind for f in pieces[0]["damage"]] == ["truncated"] * (MAX_ATTEMPTS + 1)
+    assert pieces[0]["error"].endswith(pieces[0]["damage"][-1].message)
     assert f"{MAX_ATTEMPTS} samples in a row are damaged" in pieces[0]["error"]
     assert pieces[0]["error"].count("truncated: sample") == 8
     with pytest.raises(UserError, match=r"x-000\.tar, sample 0 \(truncated\)"):

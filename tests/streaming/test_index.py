@@ -219,8 +219,49 @@ def test_index_json_is_wids_layout_sorted_and_merged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"shardlist": 3}', '{"shardlist": [{"url": "a"}]}', "null", "\xff"]
+    "text",
+    ["", "{", "[]", "{}", '{"shardlist": 3}', '{"shardlist": [{"url": "a"}]}', "null", "\xff", "[" * 10**5],
+    ids=lambda text: text[:20],
 )
 def test_an_index_that_is_none_is_refused_with_the_command(text):
     with pytest.raises(UserError, match=r"here is no index of shards .*diffusion-trainer index"):
         parse_index(text.encode("latin-1"), "here")
+
+
+LIES = {
+    "nsamples": [-5, 5, 10**18, 10**25, True, 1.0, 2.5, "2", None, float("inf"), float("nan")],  # five have no room
+    "filesize": [-1, 0, 10**25, float("inf"), float("nan"), "2048", None],
+    "crc32": [-1, 1 << 32, "abc", float("inf"), None],
+    "checksums": [-1, 1 << 32, "abc", float("inf"), False],
+    "url": [None, 5, "", ".", "..", "x\0.tar", "../x.tar", "/x.tar", "a/x.tar", ["x.tar"]],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in LIES.items() for value in values])
+def test_an_index_that_lies_is_refused_with_the_command(key, value):
+    entry = {"url": "x.tar", "nsamples": 2, "filesize": 2048, "crc32": 7, "checksums": 8}
+    assert parse_index(json.dumps({"shardlist": [entry]}).encode(), "here") == [Shard("x.tar", 2, 2048, 7, 8)]
+    with pytest.raises(UserError, match=r"here is no index of shards .*diffusion-trainer index"):
+        parse_index(json.dumps({"shardlist": [entry | {key: value}]}).encode(), "here")
+
+
+@pytest.mark.parametrize("format", ["gnu", "oldgnu", "pax"])
+def test_files_with_holes_are_damage_that_says_what_to_do(tmp_path, format):
+    """The tar command stores them as maps and pieces; taken for files they would be other bytes, or none."""
+    (tmp_path / "0.txt").write_bytes(b"whole")
+    for k in (1, 2):
+        with open(tmp_path / f"{k}.npy", "wb") as file:
+            file.write(b"head")
+            file.truncate(1 << 20)
+    found = scanned(gnu_tar(tmp_path, "-S", f"--format={format}", "--sort=name", "--exclude=x"))
+    assert isinstance(found.damage, BadArchive)
+    assert "--sparse" in str(found.damage)
+    assert found.fields == {}  # of the whole sample before it is not known whether it goes on
+    assert scanned(gnu_tar(tmp_path, f"--format={format}", "--sort=name")).damage is None
+
+
+def test_what_a_killed_writer_of_the_index_left_is_removed(tmp_path):
+    part = tmp_path / f".index.json.{'0f' * 16}.part"
+    part.write_bytes(b"half of")
+    write_index(tmp_path, [Shard("a.tar", 1, 1024, 5)])
+    assert [p.name for p in tmp_path.iterdir()] == ["index.json"]

@@ -1,18 +1,23 @@
 """Indexing goes on where it was interrupted, and leaves damaged shards out."""
 
+import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from streaming.making import END, member, shard_bytes, write_set
 
-from diffusion_trainer.streaming import indexing
+from diffusion_trainer.streaming import indexing, locks
 from diffusion_trainer.streaming.index import read_index, scan
 from diffusion_trainer.streaming.indexing import index
+from diffusion_trainer.streaming.sites import LocalSite
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +144,67 @@ def test_the_sizes_of_images_for_buckets(tmp_path):
     Path(f"{path}.size").unlink()
     assert index([path], 1).known == 1
     assert index([path], 1, image_sizes=True).known == 0
+
+
+def test_a_few_bytes_are_not_worth_a_process(tars, monkeypatch):
+    monkeypatch.setattr(indexing, "ProcessPoolExecutor", None)
+    assert len(index(tars, None).shards) == 5
+
+
+def test_many_bytes_are_read_by_as_many_processes_as_there_are_cores_and_shards(tars, monkeypatch):
+    pools = []
+    monkeypatch.setattr(indexing, "BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(indexing, "ProcessPoolExecutor", lambda n, *_: pools.append(n) or ThreadPoolExecutor(n))
+    for cores in (3, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        index(tars, None, again=True)
+    assert pools == [3, 5]
+
+
+def write(site: LocalSite, end: Connection) -> None:
+    """Of another process: it stays between writing and renaming until it is told to go on."""
+
+    def replace(part: Path, path: Path) -> None:
+        end.send(part)
+        end.recv()
+        os.rename(part, path)
+
+    locks.os.replace = replace
+    site.put(f"{site.name}.idx", b"written")
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(tars):
+    folder, context = tars[0].parent, get_context("spawn")  # threads of other tests would be lost in a fork
+    ends = [context.Pipe() for _ in range(2)]
+    dead, living = (context.Process(target=write, args=(LocalSite(tars[0]), end)) for _, end in ends)
+    try:
+        dead.start()
+        living.start()
+        assert all(mine.poll(60) for mine, _ in ends)
+        parts = [mine.recv() for mine, _ in ends]
+        dead.kill()
+        dead.join()
+        assert set(folder.glob(".*")) == set(parts)
+        index(tars[1:], 1)
+        assert list(folder.glob(".*")) == parts[1:]
+        ends[1][0].send("go on")
+        living.join()
+        assert (living.exitcode, Path(f"{tars[0]}.idx").read_bytes()) == (0, b"written")
+    finally:
+        dead.kill()
+        living.kill()
+
+
+def test_what_is_removed_before_its_writer_has_locked_it_is_written_again(tmp_path, monkeypatch):
+    """A process that cleans may come between the opening of a part and its locking."""
+    site, before = LocalSite(tmp_path / "x.tar"), iter([True])
+
+    def lock(file, how):
+        if next(before, False):
+            site.clean()
+            assert not list(tmp_path.iterdir())
+        fcntl.flock(file, how)
+
+    monkeypatch.setattr(locks, "fcntl", SimpleNamespace(**{**vars(fcntl), "flock": lock}))
+    site.put("x.tar.idx", b"1")
+    assert contents(tmp_path) == {"x.tar.idx": b"1"}

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.arrays import REFUSED
 from diffusion_trainer.streaming.damage import Damage, Refused, TooLarge, Undecodable
 from diffusion_trainer.streaming.describing import describe
-from diffusion_trainer.streaming.index import INDEX
+from diffusion_trainer.streaming.index import INDEX, Shard, write_index
 from diffusion_trainer.streaming.inspecting import WHOLE, examine, find, look
+from diffusion_trainer.streaming.numeric import REFUSED
+from diffusion_trainer.streaming.stores import LocalStore
 from diffusion_trainer.streaming.writer import write_shards
 
 COUNT, PER_SHARD = 30, 10
@@ -97,6 +98,20 @@ def test_a_pattern_names_what_is_there_and_what_the_index_has(shards):
         "a-000001.tar",
         "a-000002.tar",
     ]
+    assert find(f"{shards}/{INDEX}") == find(f"{shards}")
+
+
+def test_a_folder_is_listed_once_however_many_of_its_shards_are_named(tmp_path, monkeypatch):
+    for k in range(100):
+        (tmp_path / f"x-{k:02d}.tar").touch()
+    write_index(tmp_path, [Shard(f"x-{k:02d}.tar", 0, 0, 0) for k in range(100)])
+    listed = []
+    everything = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or everything(path))
+    for search in (find, LocalStore().find):
+        assert len(search(f"{tmp_path}/x-{{00..99}}.tar")) == 100
+        assert listed == [tmp_path]
+        listed.clear()
 
 
 @pytest.mark.parametrize(
@@ -220,9 +235,8 @@ def test_only_files_of_the_folder_are_read(tmp_path):
     write_shards([{"__key__": "1", "cls": b"1"}], tmp_path / "secret", "b", 1)
     index = tmp_path / "shards" / INDEX
     index.write_text(index.read_text().replace("a-000000.tar", "../secret/b-000000.tar"))
-    assert [(x.path, x.shard) for x in find(f"{tmp_path}/shards/*.tar")] == [
-        (tmp_path / "shards" / "a-000000.tar", None)
-    ]
+    with pytest.raises(UserError, match="not beside it"):
+        find(f"{tmp_path}/shards/*.tar")
 
 
 def jpeg(size=(16, 24)) -> bytes:

@@ -27,7 +27,7 @@ from diffusion_trainer.streaming.damage import BadChecksum, Damage, Found, Missi
 from diffusion_trainer.streaming.files import THREADS
 from diffusion_trainer.streaming.index import INDEX, Shard, write_index
 from diffusion_trainer.streaming.remote import Remote
-from diffusion_trainer.streaming.retries import Retries, Sick
+from diffusion_trainer.streaming.retries import AGAIN, Retries, Sick
 from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.stores import LocalStore, Store
 from diffusion_trainer.streaming.writer import write_shards
@@ -149,7 +149,7 @@ def test_a_store_that_stays_ill_stops_the_run_and_says_why(kind, said, piece_byt
     store = make(piece_bytes, timeout_seconds=patience(kind))
     shard = store.find(f"{server.url}/*.tar")[0]
     server.always[FIRST] = ILL[kind]
-    with pytest.raises(UserError, match=rf"(?i){FIRST} cannot be had: .*({said}).*tried 4 times.*start again to res"):
+    with pytest.raises(UserError, match=rf"(?i){FIRST} cannot be had: .*({said}).*tried 4 times.*{AGAIN}$"):
         store.read(shard, 0, memoryview(bytearray(100)))
     assert server.count(FIRST) == 4
     del server.always[FIRST]
@@ -372,6 +372,14 @@ def test_an_index_names_files_of_its_folder_alone(server, folder, tmp_path, make
     server.files[f"/{INDEX}"] = (tmp_path / INDEX).read_bytes()
     with pytest.raises(UserError, match="not beside it"):
         make().find(f"{server.url}/*.tar")
+    with pytest.raises(UserError, match="not beside it"):
+        make(index=str(tmp_path)).find(f"{server.url}/*.tar")
+
+
+def test_a_shard_that_is_said_to_have_no_bytes_is_truncated(server, make):
+    for piece_bytes in (None, 4096):
+        with pytest.raises(Truncated):
+            make(piece_bytes).read(Shard(f"{server.url}/x-000000.tar", 0, 0, 0), 0, memoryview(bytearray(1)))
 
 
 def test_a_shard_that_can_never_fit_is_refused_at_once(server, make):

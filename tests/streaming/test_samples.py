@@ -195,6 +195,7 @@ def test_shards_that_cannot_be_used_are_refused_before_the_start(folder):
         ("z*.tar", "no file matches"),
         ("x-{000..005}.tar", r"no file matches .*x-003\.tar"),
         ("", "is a folder"),
+        ("index.json", r"is their index; name the files: .*/\*\.tar"),
     ]:
         with pytest.raises(UserError, match=message):
             find(f"{folder}/{pattern}")
@@ -219,6 +220,27 @@ def test_sidecars_of_another_shard_than_the_index_lists_are_an_error(folder):
     write_sidecars(path, scan(path))
     with pytest.raises(UserError, match="diffusion-trainer index"):
         opened(folder).read(0, 0)
+
+
+@pytest.mark.parametrize("offset", [0, 5000, 2**63, 2**64 - 1])
+def test_offsets_that_do_not_ascend_are_an_error(folder, offset):
+    """They may be a stranger's: no size may be less than nothing."""
+    path = folder / "x-000.tar.idx"
+    offsets = np.frombuffer(path.read_bytes(), "<u8").copy()
+    offsets[2 if offset == 0 else 0] = offset
+    path.write_bytes(offsets.tobytes())
+    with pytest.raises(UserError, match="diffusion-trainer index"):
+        opened(folder).read(0, 0)
+
+
+@pytest.mark.parametrize("url", ["../secret/x-000.tar", "{}/secret/x-000.tar", ".."])
+def test_an_index_names_files_of_its_folder_alone(tmp_path, url):
+    write_set(tmp_path / "secret", [2])
+    write_set(tmp_path / "public", [2])
+    index = tmp_path / "public" / "index.json"
+    index.write_text(index.read_text().replace("x-000.tar", url.format(tmp_path)))
+    with pytest.raises(UserError, match="not beside it"):
+        LocalStore().find(f"{tmp_path}/public/*.tar")
 
 
 def test_data_of_the_set_in_its_order(folder):

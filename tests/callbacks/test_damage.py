@@ -1,0 +1,43 @@
+"""Damaged samples are listed, whatever ends the run."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+
+from diffusion_trainer.callbacks.damage import LIST, CountDamage
+from diffusion_trainer.streaming.damage import Found
+
+FOUND = [Found("checksum", "x.tar", i, "its bytes are not those that were indexed") for i in range(3)]
+
+
+@pytest.fixture
+def callback(tmp_path, request) -> CountDamage:
+    """Of the first of two ranks, or of the second one, early in a run."""
+    made = CountDamage(budget=0.5, count=None)
+    made.logged = []
+    made.run = SimpleNamespace(
+        folder=tmp_path, images_seen=32, first=getattr(request, "param", True), log=made.logged.append, say=print
+    )
+    made.start()
+    return made
+
+
+@pytest.mark.parametrize("callback", [True, False], indirect=True)
+def test_what_a_rank_has_found_is_in_the_file_before_an_error_of_its_data_stops_the_run(callback, tmp_path):
+    """Of the other ranks it must not ask anything (there is no `agreement` here): they wait in another place."""
+    callback._new = FOUND[:1]
+    callback.on_train_batch_start(None, None, {"error": "64 samples in a row are damaged", "damage": FOUND[1:]}, 7)
+    with (tmp_path / LIST).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["images_seen"], row["kind"], row["shard"], row["sample"]) for row in rows] == [
+        ("32", "checksum", "x.tar", str(i)) for i in range(3)
+    ]
+    assert callback.logged == [{"data/damaged": 3, "data/damaged_checksum": 3}]
+
+
+def test_a_good_batch_and_an_error_without_damage_write_nothing(callback, tmp_path):
+    callback.on_train_batch_start(None, None, {"image": None, "damage": []}, 0)
+    callback.on_train_batch_start(None, None, {"error": "a worker was killed"}, 0)
+    assert not list(tmp_path.iterdir())
+    assert not callback.logged
