@@ -1,7 +1,7 @@
 """The checks that need data, files or several parts at work: whether a configuration can do what it says."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts
+from diffusion_trainer.callbacks.evaluating import Evaluating
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conditioning.unconditional import Unconditional
 from diffusion_trainer.conventions import UserError
@@ -20,20 +21,45 @@ from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import Estimate, FixedSmall
 from diffusion_trainer.sampling.guidance import AutoGuidance, Guidance, Interval, Nested
 from diffusion_trainer.sampling.sampler import Sampler
+from diffusion_trainer.streaming.arrays import Label
+from diffusion_trainer.streaming.base import Data
 from diffusion_trainer.streaming.data import ShardData
 
 FIRST_SAMPLES = 256  # of the data that are looked at before a run
 
 
-def check_data(config: Mapping[str, Any], data: ShardData) -> None:
-    """The first samples decode, and have what the conditioning reads; UserError otherwise."""
+def check_data(config: Mapping[str, Any], data: Data, name: str = "data") -> None:
+    """The first samples decode, and have what the conditioning reads; UserError otherwise. name: of their node."""
     conditioning = Parts.of(config, device="meta").conditioning
     missing = [name for name in conditioning.fields if name not in data.entries]
     if missing:
         raise UserError(
-            f"the conditioning reads {missing[0]}, but data.fields.{missing[0]} is null; use conditioning=none"
+            f"the conditioning reads {missing[0]}, but {name}.fields.{missing[0]} is null; name what holds it, or use "
+            "conditioning=none"
         )
-    conditioning.check(data.first(FIRST_SAMPLES))
+    conditioning.check(_without_strays(data))
+
+
+def _without_strays(data: Data) -> dict[str, Any]:
+    """The first samples but those whose label is damage, being out of range: unless they are more than one and the
+    budget allows, or all, for then not they are wrong but num_classes.
+    """
+    limits = {name: f.num_classes for name, f in data.entries.items() if isinstance(f, Label) and f.num_classes}
+    unlimited = {name: replace(data.entries[name], num_classes=None) for name in limits}
+    batch = replace(data, fields={**data.fields, **unlimited}).first(FIRST_SAMPLES)
+    stray = torch.zeros(len(batch["image"]), dtype=torch.bool)
+    for name, num_classes in limits.items():
+        stray |= batch[name] >= num_classes
+    if not stray.any() or stray.all() or int(stray.sum()) > max(1, data.damage_budget * len(stray)):
+        return batch
+    return data.first(FIRST_SAMPLES)
+
+
+def check_pictures(config: Mapping[str, Any]) -> None:
+    """UserError if the run is to draw pictures and has no condition to draw them by."""
+    allowed = config["allowed_targets"]
+    if any(isinstance(part, Evaluating) for part in build(config["callbacks"], "callbacks", allowed).values()):
+        build(config["conditioning"], "conditioning", allowed).examples(1)
 
 
 def check_evaluation(config: Mapping[str, Any], data: ShardData, evaluation: Evaluation) -> None:
@@ -41,7 +67,7 @@ def check_evaluation(config: Mapping[str, Any], data: ShardData, evaluation: Eva
     reference = evaluation.reference.numbered()
     if reference.image_shape != data.image_shape:
         raise UserError(f"evaluation.reference has images {reference.image_shape}, data has {data.image_shape}")
-    check_data({**config, "data": config["evaluation"]["reference"]}, reference)
+    check_data({**config, "data": config["evaluation"]["reference"]}, reference, "evaluation.reference")
     TorchScriptFeatures(evaluation.features, reference.image_shape, "cpu")
 
 
@@ -74,7 +100,7 @@ def check_guidance(config: Mapping[str, Any], image_shape: tuple[int, int, int])
         raise UserError("guidance: a list of parts is empty; put guidances into it, or use guidance=none")
     if intervals := [part for part in inside if isinstance(part, Interval)]:
         _check_intervals(intervals, levels_of(build(config["sampler"], "sampler", allowed), schedule))
-    level, condition = schedule.level_at(sum(schedule.t_range) / 2), conditioning.examples(2)
+    level, condition = schedule.level_at(sum(schedule.t_range) / 2), conditioning.stand_in(2)
     try:
         for part in inside:
             if isinstance(part, AutoGuidance) and part.scale != 1:

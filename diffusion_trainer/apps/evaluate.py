@@ -45,8 +45,8 @@ def main(overrides: Sequence[str]) -> int:
     config = check(overrides)
     evaluation = build(config["evaluation"], "evaluation", config["allowed_targets"])
     done = Finished.of(config, evaluation.seed)
-    prepared = evaluation.prepare(done.device, Agreement())
-    metrics = prepared(done.generator, bool(done.parts.conditioning.fields))
+    prepared = evaluation.prepare(done.device, Agreement(), done.parts.conditioning)
+    metrics = prepared(done.generator)
     report = {"metrics": metrics, "provenance": prepared.provenance() | done.provenance(config)}
     folder = done.checkpoint.folder
     out = Path(config["out"] or run_of(folder) / "evaluations" / f"{folder.name}.json")

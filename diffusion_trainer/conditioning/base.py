@@ -18,7 +18,11 @@ class Conditioning(nn.Module, ABC):
 
     @abstractmethod
     def examples(self, count: int) -> Tensor | None:
-        """(count, ...) conditions to look at, different ones in turn."""
+        """(count, ...) conditions to look at, different ones in turn, on the CPU; UserError if it knows none."""
+
+    @abstractmethod
+    def stand_in(self, count: int) -> Tensor | None:
+        """(count, ...) conditions of which only shape and dtype count, for checks; on torch's default device."""
 
     @abstractmethod
     def read(self, batch: Mapping[str, Tensor]) -> Tensor | None:

@@ -33,6 +33,9 @@ class ClassLabel(Conditioning):
     def examples(self, count: int) -> Tensor:
         return torch.arange(count) % self.num_classes
 
+    def stand_in(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int64)
+
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["label"]
 

@@ -20,6 +20,9 @@ class Unconditional(Conditioning):
     def examples(self, count):
         return None
 
+    def stand_in(self, count):
+        return None
+
     def read(self, batch):
         return None
 

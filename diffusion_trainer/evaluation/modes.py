@@ -70,7 +70,7 @@ class Draw(Mode):
     def __call__(self, request: Request) -> Answer:
         batches = request.generator.batches(request.conditions, request.n, request.batch_size)
         images = torch.cat([to_pixels(x_0).cpu() for x_0, _ in batches])
-        return Answer(images, None, f"{request.n} samples", _labels(request))
+        return Answer(images, None, f"{request.n} samples", _conditions(request))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Interpolate(Mode):
                 condition = None if request.conditions is None else request.conditions[[i] * len(part)]
                 rows.append(to_pixels(generator.map(part, condition)).cpu())
         says = f"{request.n} rows of {self.points} points between two samples each, a row under one condition"
-        return Answer(torch.cat(rows), self.points, says, _labels(request))
+        return Answer(torch.cat(rows), self.points, says, _conditions(request))
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ def batches_of(request: Request) -> Iterator[tuple[Tensor, Tensor | None]]:
         yield images_of(request.data, part, request.conditioning, request.generator.device)
 
 
-def _labels(request: Request) -> dict[str, Tensor]:
-    return {} if request.conditions is None else {"label": request.conditions}
+def _conditions(request: Request) -> dict[str, Tensor]:
+    return dict.fromkeys(request.conditioning.fields, request.conditions)
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

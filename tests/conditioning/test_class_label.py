@@ -62,6 +62,12 @@ def test_condition_is_the_field_that_it_says_it_reads(conditioning):
     assert conditioning.read({"label": LABELS, "image": None}) is LABELS
 
 
+def test_stand_ins_are_like_what_is_read(conditioning):
+    stand_in, read = conditioning.stand_in(4), conditioning.read({"label": LABELS})
+    assert (stand_in.shape, stand_in.dtype) == (read.shape, read.dtype)
+    assert conditioning.check({"label": stand_in}) is None
+
+
 def test_examples_take_every_class_in_turn(conditioning):
     assert conditioning.examples(13).tolist() == [*range(10), 0, 1, 2]
 
@@ -73,10 +79,10 @@ def test_sizes_must_be_positive(arguments):
 
 
 @pytest.mark.parametrize("name", names("conditioning"))
-def test_conditioning_of_conf_has_vectors_of_its_dim_for_examples_and_null(name):
+def test_conditioning_of_conf_has_vectors_of_its_dim_for_any_condition_and_null(name):
     conditioning = built("conditioning")[name]
-    examples = conditioning.examples(5)
-    for condition in (examples, conditioning.null(examples), conditioning.drop(examples, torch.ones(5).bool())):
+    given = conditioning.stand_in(5)
+    for condition in (given, conditioning.null(given), conditioning.drop(given, torch.ones(5).bool())):
         vectors = conditioning(condition)
         assert vectors is None if conditioning.dim == 0 else vectors.shape == (5, conditioning.dim)
 
@@ -85,7 +91,7 @@ def test_unconditional_says_nothing():
     none = Unconditional()
     assert (none.dim, none.fields, list(none.parameters())) == (0, (), [])
     answers = none.read({"label": LABELS}), none.null(None), none.drop(None, torch.ones(4).bool()), none(None)
-    assert all(answer is None for answer in (*answers, none.examples(4), none.check({})))
+    assert all(answer is None for answer in (*answers, none.examples(4), none.stand_in(4), none.check({})))
     with pytest.raises(ValueError, match="dim"):
         Unconditional(dim=3)
 
