@@ -1,8 +1,10 @@
 """Evaluation while training: samples from the EMA weights, metrics, a grid of pictures."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.evaluation.evaluation import Interrupted
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.evaluation.writing import whole
+from diffusion_trainer.training.checkpoints import Checkpoint
 from diffusion_trainer.training.ema import KEY
 from diffusion_trainer.training.module import to_pixels
 
@@ -24,7 +27,8 @@ class Evaluating(RunCallback):
     """Every `every_n_images`, at the end, and at the very start when `at_start`: metrics and a grid, on all ranks.
 
     The checkpoint of the same step comes before it, and is without it: once done, it is in metrics.json. A run that
-    goes on from there reads it in that file, or makes up for it where it never came to its end.
+    goes on from there reads it in that file, or makes up for it where it never came to its end; so does one that has
+    taken all its steps (see `owed`).
     """
 
     def __init__(self, every_n_images: int, at_start: bool = True):
@@ -34,13 +38,12 @@ class Evaluating(RunCallback):
 
     def start(self) -> None:
         run, now = self.run, self.run.images_seen
-        known = {record["images_seen"]: record for record in run.state.get("evaluations", [])}
-        (written, *_) = run.agreement.gather(_history(run.folder / REPORT) if run.first else [])
-        known |= {record["images_seen"]: record for record in written if record["images_seen"] <= now}
-        self.history: list[dict] = [known[images] for images in sorted(known)]
+        (written, *_) = run.agreement.gather(_written(run.folder) if run.first else [])
+        self.history = _history(run.state, written, now)
         run.state["evaluations"] = self.history
         due = self._due(now - run.module.progress.batch_size) if now else self.at_start
-        if run.state.pop(DUE, False) or (due and now not in known):
+        interrupted = run.state.pop(DUE, False)
+        if (interrupted or due) and not _has(self.history, now):
             self.evaluate()
 
     def after_step(self, previous: int) -> None:
@@ -54,6 +57,7 @@ class Evaluating(RunCallback):
     def evaluate(self) -> bool:
         """Whether it came to its end; otherwise the run is stopping, and makes up for it when it goes on."""
         run = self.run
+        run.settle()
         start = monotonic()
         try:
             with run.aside(), _evaluation_mode(run.module), run.sharding.swapped(KEY) as averaged:
@@ -64,7 +68,6 @@ class Evaluating(RunCallback):
             run.state[DUE] = True
             return False
         record = {"images_seen": run.images_seen, "weights": KEY if averaged else "initial", **metrics}
-        run.log({f"eval/{name}": value for name, value in metrics.items()})
         what = f"evaluation at {run.images_seen:,} images: {describe(metrics)}" if metrics else "pictures"
         run.say(f"  {what}   ({monotonic() - start:.0f} s)")
         if run.first:
@@ -73,6 +76,7 @@ class Evaluating(RunCallback):
             for logger in run.trainer.loggers:
                 log_picture(logger, "eval/samples", picture, run.images_seen)
         self.history.append(record)
+        run.log({f"eval/{name}": value for name, value in metrics.items()})
         self._report()  # last: what it has is not done again
         return True
 
@@ -80,8 +84,7 @@ class Evaluating(RunCallback):
         run = self.run
         if run.evaluation is None:
             return {}
-        conditional = bool(run.module.model.conditioning.fields)
-        return run.evaluation(generator, conditional, lambda: run.stop_signal is not None)
+        return run.evaluation(generator, lambda: run.stop_signal is not None)
 
     def _picture(self, generator: Generator):
         """A grid of ROWS x COLUMNS samples, always the same numbers; ten classes stand one to a column."""
@@ -108,7 +111,26 @@ class Evaluating(RunCallback):
                 part.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _history(path: Path) -> list[dict]:
+def owed(callbacks: Sequence[RunCallback], folder: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a run whose last step is in the checkpoint never came to the end of its last evaluation."""
+    now = checkpoint.images_seen
+    history = _history(checkpoint.manifest["state"], _written(folder), now)
+    return any(isinstance(callback, Evaluating) for callback in callbacks) and not _has(history, now)
+
+
+def _history(state: Mapping[str, Any], written: Sequence[dict], now: int) -> list[dict]:
+    """The records of a checkpoint's state and of metrics.json, which may know of later ones than the checkpoint."""
+    known = {record["images_seen"]: record for record in state.get("evaluations", [])}
+    known |= {record["images_seen"]: record for record in written if record["images_seen"] <= now}
+    return [known[images] for images in sorted(known)]
+
+
+def _has(history: Sequence[dict], images_seen: int) -> bool:
+    return any(record["images_seen"] == images_seen for record in history)
+
+
+def _written(folder: Path) -> list[dict]:
+    path = folder / REPORT
     return json.loads(path.read_text())["history"] if path.is_file() else []
 
 

@@ -1,7 +1,8 @@
 """How far a model's x_0_hat is from x_0, and what x_0 costs given it, at every noise level: for Analytic-DPM."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import e, pi
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.sampling.noise import SampleNoise
+from diffusion_trainer.sampling.solvers import Noise
 from diffusion_trainer.streaming.data import ShardData
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import to_unit
@@ -26,8 +28,8 @@ class PosteriorVarianceMeasurement:
     """num_samples pairs of an image and a noise at each of num_levels noise levels, equally spaced in log-SNR.
 
     Sample i is the data's image i (and again from the start when there are more samples) with the noise of number i:
-    the result does not depend on batches and ranks but for the order of sums. All are estimated twice: what decoding
-    costs depends on the mean error.
+    the result does not depend on batches and ranks but for the order of sums. Pixels are estimated twice: what decoding
+    costs depends on the mean error. For real numbers (latents) it is a function of that error alone.
     """
 
     num_samples: int = 4096
@@ -53,14 +55,21 @@ class PosteriorVarianceMeasurement:
         """All ranks must call it, and all get the result. x_0_bound: to which estimates are clipped, as in sampling."""
         grid = log_snr_grid(schedule, self.num_levels)
         at = levels(schedule, schedule.t_of_log_snr(grid))
+
+        def estimated() -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+            for x_0, condition, noise in self._batches(data, conditioning, device, agreement):
+                yield x_0, estimates(denoiser, at, x_0, condition, noise, x_0_bound)
+
         error = torch.zeros(self.num_levels, *data.image_shape, dtype=torch.float64)
-        for batch in self._batches(data, conditioning, device, agreement):
-            error += squared_errors(denoiser, at, *batch, x_0_bound).cpu()
+        for x_0, x_0_hats in estimated():
+            error += squared_errors(x_0, x_0_hats).cpu()
         error = sum(agreement.gather(error)) / self.num_samples
-        variance = error.flatten(1).mean(1).clamp(min=TINY).to(device)
-        decoding = torch.zeros(self.num_levels, dtype=torch.float64)
-        for batch in self._batches(data, conditioning, device, agreement):
-            decoding += costs_of_decoding(denoiser, at, *batch, x_0_bound, variance).cpu()
+        variance = error.flatten(1).mean(1).clamp(min=TINY)
+        if data.batch([0])["image"].is_floating_point():
+            return Statistics(grid, error, about, costs_of_real_numbers(variance))
+        decoding, variance = torch.zeros(self.num_levels, dtype=torch.float64), variance.to(device)
+        for x_0, x_0_hats in estimated():
+            decoding += costs_of_pixels(x_0, x_0_hats, variance).cpu()
         decoding = sum(agreement.gather(decoding)) / (self.num_samples * error[0].numel())
         return Statistics(grid, error, about, decoding)
 
@@ -83,44 +92,36 @@ def log_snr_grid(schedule: Schedule, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def squared_errors(
+def estimates(
     denoiser: Denoiser,
-    at: list[Level],
+    at: Iterable[Level],
     x_0: Tensor,
     condition: Tensor | None,
-    noise: SampleNoise,
-    x_0_bound: float | None,
-) -> Tensor:
-    """(K, C, H, W) float64: sums over the batch, a noise of its own at each level."""
-    estimates = _estimates(denoiser, at, x_0, condition, noise, x_0_bound)
-    return torch.stack([(x_0_hat - x_0).double().square().sum(0) for x_0_hat in estimates])
-
-
-@torch.no_grad()
-def costs_of_decoding(
-    denoiser: Denoiser,
-    at: list[Level],
-    x_0: Tensor,
-    condition: Tensor | None,
-    noise: SampleNoise,
-    x_0_bound: float | None,
-    variance: Tensor,
-) -> Tensor:
-    """(K,) float64: sums over the batch, nats of 8-bit pixels around x_0_hat; variance: (K,), of their normal."""
-    estimates, x_0_64 = _estimates(denoiser, at, x_0, condition, noise, x_0_bound), x_0.double()
-    decoder = DiscretizedGaussian()
-    return torch.stack([-decoder(x_0_64, e.double(), v).sum() for e, v in zip(estimates, variance, strict=True)])
-
-
-def _estimates(
-    denoiser: Denoiser,
-    at: list[Level],
-    x_0: Tensor,
-    condition: Tensor | None,
-    noise: SampleNoise,
+    noise: Noise,
     x_0_bound: float | None,
 ) -> Iterator[Tensor]:
-    """x_0_hat, clipped, at each level."""
+    """x_0_hat of each level, (B, C, H, W), made when it is asked for and clipped; a noise of its own for each."""
     for level in at:
         x_0_hat = denoiser(level.alpha * x_0 + level.sigma * noise(), level, condition).x_0_hat
         yield x_0_hat if x_0_bound is None else x_0_hat.clamp(-x_0_bound, x_0_bound)
+
+
+def squared_errors(x_0: Tensor, x_0_hats: Iterable[Tensor]) -> Tensor:
+    """(K, C, H, W) float64: sums over the batch, for each of the K estimates."""
+    return torch.stack([(x_0_hat - x_0).double().square().sum(0) for x_0_hat in x_0_hats])
+
+
+def costs_of_pixels(x_0: Tensor, x_0_hats: Iterable[Tensor], variance: Tensor) -> Tensor:
+    """(K,) float64: sums over the batch, nats of 8-bit pixels under a normal around each of the K estimates; variance:
+    (K,), of the normals.
+    """
+    decoder, x_0_64 = DiscretizedGaussian(), x_0.double()
+    return torch.stack([-decoder(x_0_64, hat.double(), v).sum() for hat, v in zip(x_0_hats, variance, strict=True)])
+
+
+def costs_of_real_numbers(variance: Tensor) -> Tensor:
+    """(K,) nats per dimension: the mean of -log N(x_0; x_0_hat, variance), variance (K,) being the mean squared error.
+
+    That is the entropy of the normal, whatever errors are distributed like; where they are small it is negative.
+    """
+    return (2 * pi * e * variance).log() / 2

@@ -16,7 +16,7 @@ from diffusion_trainer.sampling.grids import Grid
 @dataclass(frozen=True)
 class OptimalTrajectory(Grid):
     """num_steps of num_timesteps equally spaced times, by dynamic programming over the bound with the optimal variance
-    and the decoder of 8-bit pixels.
+    and the decoder of what was trained on: bins of 8-bit pixels, a normal's density of real numbers (latents).
 
     statistics: a file that `diffusion-trainer variance` wrote; null is the checkpoint's own. ValueError without it.
     """
@@ -48,8 +48,9 @@ def step_costs(schedule: Schedule, times: Tensor, statistics: Statistics) -> Ten
     """(N, N) float64, entry [i, j] the part of the bound, in nats per dimension, of the step from times[j] to times[i];
     inf where that does not go down. times: (N,), ascending, the first 0.
 
-    For s > 0 the expected KL of the optimal variance is log(variance / kept) / 2. To s = 0 it is the cost of 8-bit
-    pixels that was measured: where many are at the ends of their range it is far below that of normal errors.
+    For s > 0 the expected KL of the optimal variance is log(variance / kept) / 2. To s = 0 it is what was measured: for
+    8-bit pixels far below the cost of normal errors where many are at the ends of their range, for real numbers the
+    entropy of a normal, which falls as long as the estimate improves.
     """
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     t, s = (

@@ -1,5 +1,6 @@
 """An evaluation puts no training at risk, and none is lost: whatever kills a run, its report is the whole one."""
 
+import csv
 import json
 import shutil
 import signal
@@ -16,6 +17,7 @@ from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.evaluating import Evaluating
 from diffusion_trainer.evaluation.evaluation import Interrupted
+from diffusion_trainer.training.checkpoint_files import sealed
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -114,7 +116,7 @@ def test_what_was_trained_before_an_evaluation_that_dies_is_saved(train, calls, 
 
 
 @pytest.mark.parametrize("end", [kill, interrupt])
-@pytest.mark.parametrize("at", [64, 128])
+@pytest.mark.parametrize("at", [64, 128, 192])
 def test_an_evaluation_that_never_ended_is_made_up_for_and_no_other_repeated(train, calls, tmp_path, whole, at, end):
     calls[at] = end
     if end is kill:
@@ -128,6 +130,85 @@ def test_an_evaluation_that_never_ended_is_made_up_for_and_no_other_repeated(tra
     assert report(tmp_path / "run")["history"] == whole
     assert report(tmp_path / "run")["metrics"] == {"fid": whole[-1]["fid"]}
     assert report(tmp_path / "run")["images_seen"] == 192
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All of the checkpoints."""
+    return {str(p): p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
+
+
+def rows(folder: Path, column: str) -> list[int]:
+    """Images seen in each row of metrics.csv that has a number in the column."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [int(row["images_seen"]) for row in csv.DictReader(file) if row[column]]
+
+
+LOGGED = "callbacks.log={_target_: diffusion_trainer.callbacks.metrics.LogMetrics, every_n_images: 32}"
+
+
+@pytest.mark.parametrize("end", [kill, interrupt])
+def test_the_last_evaluation_is_made_up_for_without_a_step(train, calls, tmp_path, whole, capsys, end):
+    """Again and again, until it has come to its end; then there is nothing to do."""
+    run = tmp_path / "run"
+    before = []
+    for _ in range(2):
+        calls[192] = end
+        if end is kill:
+            with pytest.raises(Killed):
+                train(192, LOGGED)
+        else:
+            assert train(192, LOGGED) == 128 + signal.SIGINT
+        assert report(run)["images_seen"] == 128
+        before.append(files(run))
+        assert rows(run, "eval/fid") == [0, 64, 128]
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert train(192, LOGGED) == 0
+    assert "already at" not in capsys.readouterr().out
+    for _ in range(2):
+        assert calls.done == [0, 64, 128, 192]
+        assert report(run)["history"] == whole
+        assert rows(run, "eval/fid") == [0, 64, 128, 192]
+        assert rows(run, "train/loss") == list(range(32, 193, 32))
+        assert files(run) == before[0] == before[1]
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert train(192, LOGGED) == 0
+        assert "already at 192 images" in capsys.readouterr().out
+
+
+def test_a_run_killed_while_it_writes_its_last_pictures_has_one_row_of_them(train, calls, tmp_path, monkeypatch):
+    """Pictures may go over a network: what is logged comes after them, beside the report."""
+
+    def dies(*_):
+        raise Killed
+
+    train(64)
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion_trainer.callbacks.evaluating.pictures.save", dies)
+        with pytest.raises(Killed):
+            train(128)
+    assert train(128) == 0
+    assert calls.done == [0, 64, 128, 128]
+    assert rows(tmp_path / "run", "eval/fid") == [0, 64, 128]
+
+
+def test_one_that_was_interrupted_and_made_up_for_is_not_repeated_after_a_kill(train, calls, tmp_path, whole):
+    """The checkpoint still says that it was interrupted."""
+    calls[64] = interrupt
+    train(192, "callbacks.checkpoint.every_n_images=1000")
+    calls[128] = kill
+    with pytest.raises(Killed):
+        train(192, "callbacks.checkpoint.every_n_images=1000")
+    assert newest(tmp_path / "run") == 64
+    assert train(192) == 0
+    assert calls.done == [0, 64, 128, 192]
+    assert report(tmp_path / "run")["history"] == whole
+
+
+def test_a_run_without_evaluations_owes_none(train, calls, tmp_path, capsys):
+    for _ in range(2):
+        assert train(64, "callbacks.evaluate=null") == 0
+    assert "already at 64 images" in capsys.readouterr().out
+    assert calls.done == []
 
 
 def test_evaluations_between_checkpoints_are_made_up_for_too(train, calls, tmp_path, whole):
@@ -169,10 +250,10 @@ def test_a_checkpoint_of_the_order_before_has_its_history_in_its_state(train, ca
     assert train(128) == 0
     (tmp_path / "run" / "metrics.json").unlink()
     manifest = latest(tmp_path / "run" / "checkpoints") / "manifest.json"
-    content = json.loads(manifest.read_text())
+    content = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "crc32"}
     assert [e["images_seen"] for e in content["state"]["evaluations"]] == [0, 64]
     content["state"]["evaluations"] = whole[:3]
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(sealed(content))
     assert train(192) == 0
     assert calls.done == [0, 64, 128, 192]
     assert report(tmp_path / "run")["history"] == whole

@@ -1,10 +1,12 @@
 """What is measured of an exact denoiser is what theory says, whoever measures it in whatever batches."""
 
+import io
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -19,6 +21,7 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.posterior_variance import (
     MIN_LOG_SNR,
     PosteriorVarianceMeasurement,
+    estimates,
     log_snr_grid,
     squared_errors,
 )
@@ -26,6 +29,10 @@ from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.variances import Estimate
 from diffusion_trainer.sampling.noise import SampleNoise
+from diffusion_trainer.streaming.arrays import Latent
+from diffusion_trainer.streaming.data import ShardData
+from diffusion_trainer.streaming.writer import write_shards
+from diffusion_trainer.training.agreement import Agreement
 
 SCHEDULES = {name: schedule.frozen() for name, schedule in built("schedule").items()}
 CPU, SHAPE = torch.device("cpu"), (1, 40, 40)
@@ -58,7 +65,7 @@ def measured(denoiser, at, count, bound=None, size=2000):
     for _ in range(count // size):
         x_0 = torch.randn(size, *SHAPE, generator=generator) * VARIANCES.sqrt().float()
         noise = lambda n=size, g=generator: torch.randn(n, *SHAPE, generator=g)  # noqa: E731
-        total = total + squared_errors(denoiser, at, x_0, None, noise, bound)
+        total = total + squared_errors(x_0, estimates(denoiser, at, x_0, None, noise, bound))
     return total / count
 
 
@@ -91,7 +98,7 @@ def test_estimates_are_clipped_as_in_sampling():
     x_0 = torch.full((4, *SHAPE), 0.25)
     far = lambda x, level, condition: Estimate(torch.full_like(x, 9.0))  # noqa: E731
     for bound, error in ((1.0, 0.75**2), (2.0, 1.75**2), (None, 8.75**2)):
-        given = squared_errors(far, at, x_0, None, lambda: torch.zeros(4, *SHAPE), bound)
+        given = squared_errors(x_0, estimates(far, at, x_0, None, lambda: torch.zeros(4, *SHAPE), bound))
         assert_close(given, torch.full((1, *SHAPE), 4 * error, dtype=torch.float64))
 
 
@@ -126,14 +133,15 @@ class ByLabel(Denoiser):
         return condition
 
 
-def measure(data, ranks=1, denoiser=None, conditioning=None, **settings):
+def measure(data, ranks=1, denoiser=None, conditioning=None, bound=1.0, **settings):
     """The statistics that all ranks get, one after the other: each gathering sums what the others have given.
 
-    There are two, and what is given to the second depends on the first: so each rank does all of it three times.
+    There are two (of latents one), and what is given to the second depends on the first: so each rank does all of it
+    three times.
     """
     settings = {"num_samples": 130, "num_levels": 4, "batch_size": 32, **settings}
     shares, known = [[], []], []  # of each gathering; those that are complete
-    arguments = (denoiser or ByLabel(), SCHEDULES["cosine"], data, conditioning or ClassLabel(10, 4), 1.0, CPU)
+    arguments = (denoiser or ByLabel(), SCHEDULES["cosine"], data, conditioning or ClassLabel(10, 4), bound, CPU)
 
     def gather(count, value):
         i = next(count)
@@ -175,6 +183,58 @@ def test_measurement_is_the_mean_over_images_and_their_own_noise(data):
     assert_close(given.error, total / 130, rtol=1e-6, atol=1e-9)
     assert_close(given.decoding, cost / 130, rtol=1e-6, atol=0)
     assert given.about == {"who": "me"}
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """(2, 4, 4) float16, of deviation 2: most are beyond [-1, 1], where bins of pixels would be open."""
+    folder, numbers = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+
+    def sample(i):
+        file = io.BytesIO()
+        np.save(file, 2 * numbers.standard_normal((2, 4, 4)).astype(np.float16))
+        return {"__key__": f"{i:03d}", "latent.npy": file.getvalue()}
+
+    write_shards(map(sample, range(100)), folder, "train", 60)
+    return ShardData({"image": Latent(2, 4, 4)}, f"{folder}/train-*.tar")
+
+
+class Counted(Denoiser):
+    """Shrinks x_t; counts how often it is asked."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x_t, level, condition):
+        self.calls += 1
+        return Estimate(0.5 * x_t)
+
+    def null(self, condition):
+        return condition
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_decoding_of_latents_costs_the_mean_of_their_negative_log_density(latents, ranks):
+    """By hand: a normal around x_0_hat with the mean error as its variance, at latents as they are."""
+    given = measure(latents, ranks, denoiser=Counted(), conditioning=Unconditional(), bound=None)
+    at = levels(SCHEDULES["cosine"], SCHEDULES["cosine"].t_of_log_snr(given.log_snr))
+    total, cost = torch.zeros(4, 2, 4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for i in range(130):
+        x_0, noise = latents.batch([i % 100])["image"].float(), SampleNoise(0, [i], (2, 4, 4), CPU)
+        for k, level in enumerate(at):
+            x_0_hat = 0.5 * (level.alpha * x_0 + level.sigma * noise())
+            total[k] += (x_0_hat - x_0).double().square()[0]
+            cost[k] -= Normal(x_0_hat.double(), given.error[k].mean().sqrt()).log_prob(x_0.double()).mean()
+    assert_close(given.error, total / 130, rtol=1e-6, atol=0)
+    assert_close(given.decoding, cost / 130, rtol=1e-6, atol=0)
+
+
+def test_latents_are_estimated_once_and_pixels_twice(latents, data):
+    arguments = (Unconditional(), None, CPU, Agreement(), {})
+    for images, passes in ((latents, 1), (data, 2)):
+        denoiser = Counted()
+        PosteriorVarianceMeasurement(64, 4, 32)(denoiser, SCHEDULES["cosine"], images, *arguments)
+        assert denoiser.calls == passes * 2 * 4
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 1), (1, 130), (1, 1000), (2, 32), (3, 7), (140, 4)])

@@ -14,8 +14,9 @@ from oracle import Mixture
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from diffusion_trainer.evaluation.posterior_variance import costs_of_real_numbers
 from diffusion_trainer.process.analytic import Analytic, read
-from diffusion_trainer.process.decoders import DiscretizedGaussian
+from diffusion_trainer.process.decoders import DiscretizedGaussian, GaussianDensity
 from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.schedules import Cosine, RectifiedFlow
 from diffusion_trainer.process.variances import Estimate, ReverseStep
@@ -229,10 +230,14 @@ def pixels_of(data, n, seed):
 
 def measured(data, schedule, times, statistics, n=4000):
     """The bound of 8-bit pixels, (n,), in nats per dimension and without the prior, which is the same for all."""
+    return bound_of(data, schedule, times, statistics, pixels_of(data, n, 0), DiscretizedGaussian())
+
+
+def bound_of(data, schedule, times, statistics, x_0, decoder):
     generator = torch.Generator().manual_seed(1)
-    terms = VariationalBound(Given(times), len(times) - 1, DiscretizedGaussian(), None).terms(
-        ExactDenoiser(data), schedule, Analytic(statistics), pixels_of(data, n, 0), None,
-        lambda: torch.randn(n, 2, generator=generator, dtype=torch.float64),
+    terms = VariationalBound(Given(times), len(times) - 1, decoder, None).terms(
+        ExactDenoiser(data), schedule, Analytic(statistics), x_0, None,
+        lambda: torch.randn(x_0.shape, generator=generator, dtype=torch.float64),
     )  # fmt: skip
     return (terms.diffusion.sum(1) + terms.decoder) / 2
 
@@ -289,6 +294,43 @@ def test_decoding_costs_what_was_measured(of_mixture):
     assert_close(statistics.cost_of_decoding(statistics.log_snr), statistics.decoding, rtol=1e-12, atol=0)
     normal = statistics._replace(decoding=None).cost_of_decoding(statistics.log_snr)
     assert (normal - statistics.decoding).max() > 2  # nats
+
+
+def of_real_numbers(path, log_snr, error):
+    """As `diffusion-trainer variance` writes statistics of latents."""
+    return save(path, log_snr, error, costs_of_real_numbers(error.mean(1)))
+
+
+def test_every_trajectory_of_real_numbers_costs_an_isotropic_gaussian_its_entropy(schedule, tmp_path):
+    """H(x_0 | x_T), however close to the data the last step is: there are no bins."""
+    log_snr = torch.linspace(-14, 20, 1000, dtype=torch.float64)
+    error = 1 / (1 / 0.3 + log_snr.exp()[:, None].expand(-1, 2))
+    cost = costs(schedule, of_real_numbers(tmp_path / "real.safetensors", log_snr, error))
+    _, alpha, sigma = schedule.at_noisy_end
+    entropy = (log(2 * pi / (1 / 0.3 + (alpha / sigma) ** 2)) + 1) / 2
+    for path in ((N, 0), (N, 4, 0), (N, 1, 0), (N, 2, 1, 0), tuple(range(N, -1, -1))):
+        assert along(cost, path) == pytest.approx(entropy, abs=1e-3)
+
+
+LATENTS = Mixture([0.3, 0.7], [[2.0, 1.5], [-2.0, -1.0]], [[[0.2, 0.0], [0.0, 0.05]], [[0.05, 0.0], [0.0, 0.02]]])
+
+
+@pytest.mark.parametrize("name", ["cosine", "rectified_flow", "linear", "ve"])
+def test_bound_of_real_numbers_is_the_cost_and_no_higher_than_that_of_equal_steps(name, tmp_path):
+    """Of a mixture beyond [-1, 1], where pixels would be in open bins, with its exact mean."""
+    schedule, x_0 = SCHEDULES[name], LATENTS.sample(4000, torch.Generator().manual_seed(0))[0]
+    log_snr, generator, error = torch.linspace(-14, 14, 60, dtype=torch.float64), torch.Generator().manual_seed(2), []
+    for alpha, sigma in zip(log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt(), strict=True):
+        noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
+        error.append((LATENTS.denoise(alpha * x_0 + sigma * noise, alpha, sigma) - x_0).square().mean(0))
+    statistics = of_real_numbers(tmp_path / "latents.safetensors", log_snr, torch.stack(error))
+    ours, even = (grid(schedule, 4) for grid in (OptimalTrajectory(statistics, 300), UniformTime()))
+    bounds = [bound_of(LATENTS, schedule, times, statistics, x_0, GaussianDensity()) for times in (ours, even)]
+    for times, bound in zip((ours, even), bounds, strict=True):
+        said = along(step_costs(schedule, times.flip(0), read(statistics)), range(4, -1, -1))
+        assert abs(bound.mean() - said) < 5 * bound.std() / len(bound) ** 0.5
+    difference = bounds[1] - bounds[0]
+    assert difference.mean() > 3 * difference.std() / len(difference) ** 0.5
 
 
 def test_it_is_refused_without_statistics_and_with_more_steps_than_times(statistics, tmp_path):
