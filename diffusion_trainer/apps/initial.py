@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from diffusion_trainer.training.ema import KEY
 
 FILE = "initial.safetensors"
 NOTE = "initial.json"  # whose weights those are
+DESCRIBING = ("schedule", "prediction", "conditioning", "network")  # of a configuration: what weights mean
 
 
 def checkpoint_in(path: Path, key: str = "checkpoint") -> Path:
@@ -65,7 +66,7 @@ def write(run: Path, init_from: str | None) -> None:
 
 
 class Found(NamedTuple):
-    checkpoint: str  # the name of its folder
+    checkpoint: str  # the name of its folder, or of the file that `export` wrote of one
     weights: dict[str, Tensor]
 
 
@@ -74,11 +75,12 @@ def find(run: Path, init_from: str) -> Found | None:
     are gone: with others below it, what it has trained would be another model.
     """
     note, source = _note(run), Path(init_from)
-    if note is not None and not (source / "manifest.json").is_file():
+    if note is not None and not source.is_file() and not (source / "manifest.json").is_file():
         source = source / "checkpoints" / note.checkpoint
         if not (source / "manifest.json").is_file():
             return None
-    found = Found(checkpoint_in(source, "init_from").name, of(str(source)))
+    name = source.name if source.is_file() else checkpoint_in(source, "init_from").name
+    found = Found(name, of(str(source)))
     return found if note is None or note.digest == digest(found.weights) else None
 
 
@@ -104,7 +106,14 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def of(init_from: str) -> dict[str, Tensor]:
-    """The EMA weights of a run or checkpoint, by name: those that it trained and those that it was given."""
+    """The EMA weights of a run or checkpoint, by name: those that it trained and those that it was given; or all those
+    of a file that `export` wrote.
+    """
+    if Path(init_from).is_file():
+        try:
+            return load_file(init_from)
+        except SafetensorError as error:
+            raise UserError(f"init_from={init_from} is no run and no whole safetensors file ({error})") from error
     checkpoint = Checkpoint(checkpoint_in(Path(init_from), "init_from"))
     kind = KEY if KEY in checkpoint.kinds else WEIGHT
     return {**read(run_of(checkpoint.folder)), **checkpoint.whole(kind)}
@@ -170,8 +179,13 @@ def _check_share(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
 
 def _check_meaning(config: Mapping[str, Any], source: str) -> None:
     """A network that stays as it is must be read on the schedule and as the prediction that it was trained with."""
-    theirs = configuration.read(run_of(checkpoint_in(Path(source), "init_from")) / "config.yaml")
-    for group in ("schedule", "prediction", "conditioning", "network"):
+    if Path(source).is_file():
+        with safe_open(source, framework="pt") as file:
+            about = file.metadata() or {}
+        theirs = {group: json.loads(about[group]) for group in DESCRIBING if group in about}
+    else:
+        theirs = configuration.read(run_of(checkpoint_in(Path(source), "init_from")) / "config.yaml")
+    for group in DESCRIBING:
         there, here = ({**(c.get(group) or {}), "second_head": None} for c in (theirs, config))
         if there != here:
             raise UserError(

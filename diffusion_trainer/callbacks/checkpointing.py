@@ -4,15 +4,19 @@ import signal
 from types import FrameType
 
 from diffusion_trainer.callbacks.run import RunCallback, crossed
-from diffusion_trainer.training import checkpoints
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.saving import Saver
+
+SAVE_TIMEOUT_SECONDS = 3600  # that ranks wait for the slowest to write, which holds up nothing
 
 
 class Checkpointing(RunCallback):
     """A checkpoint every `every_n_images`, at the end, and when SIGINT or SIGTERM reaches any rank.
 
     The handler only sets a flag. After each step the ranks agree on it; then all save and stop. A second SIGINT stops
-    at once. A checkpoint that cannot be written (a full disk) is reported and training goes on. It stands before what
-    takes long, evaluation, so that this puts no work at risk.
+    at once. A checkpoint is copied between two steps and written while training goes on. One that cannot be written (a
+    full disk) is reported and training goes on. It stands before what takes long, evaluation, which waits until it is
+    written, so that this puts no work at risk.
     """
 
     def __init__(self, every_n_images: int, keep: int = 2):
@@ -21,8 +25,13 @@ class Checkpointing(RunCallback):
         self.every_n_images, self.keep = every_n_images, keep
 
     def start(self) -> None:
+        run = self.run
         self._saved_at: int | None = None
-        self.run.stop, self.run.save = self.stop, self.save
+        self._saving_at: int | None = None  # what is being written now
+        self._reserved = False
+        agreement = Agreement(SAVE_TIMEOUT_SECONDS)
+        self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep)
+        run.stop, run.save, run.settle = self.stop, self.save, self.settle
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -33,31 +42,60 @@ class Checkpointing(RunCallback):
 
     def after_step(self, previous: int) -> None:
         run = self.run
-        stop = run.agreement.any(run.stop_signal is not None)
+        stop, failed = run.agreement.each_any([run.stop_signal is not None, self._saver.failed])
         done = run.images_seen >= run.module.progress.num_images
+        if failed:
+            self.settle()
         if stop:
             self.stop()
         elif done or crossed(previous, run.images_seen, self.every_n_images):
-            self.save()
+            self._begin()
+        elif not self._reserved:
+            self._reserve()
+
+    def _reserve(self) -> None:
+        self.settle()
+        self._saver.reserve()
+        self._reserved = True
 
     def stop(self) -> None:
         """All ranks must call it, once one of them has received a signal."""
         run = self.run
-        if self._saved_at != run.images_seen:
-            self.save()
+        self.save()
         run.stop_signal = max(s or 0 for s in run.agreement.gather(run.stop_signal))
         run.stopping = run.trainer.should_stop = True
 
     def save(self) -> None:
+        """What there is to save now is on the disk, or it has been said why not. All ranks must call it."""
+        self.settle()
+        if self._saved_at != self.run.images_seen:
+            self._begin()
+            self.settle()
+
+    def _begin(self) -> None:
+        self.settle()
+        run = self.run
+        for callback in run.trainer.callbacks:
+            if isinstance(callback, RunCallback):
+                callback.before_save()
+        if run.rolled_back:
+            return  # what is left is not to be gone on from
+        with run.aside():
+            self._saver.begin(run.images_seen, run.state)
+        self._saving_at, self._reserved = run.images_seen, True
+
+    def settle(self) -> None:
+        """Waits for the save that is being written, and says what became of it."""
         run = self.run
         try:
             with run.aside():
-                root, state = run.folder / "checkpoints", run.state
-                checkpoints.save(root, run.images_seen, run.sharding, state, run.agreement, self.keep)
-            self._saved_at = run.images_seen
+                self._saver.wait()
+            self._saved_at = self._saving_at
         except OSError as error:
             run.say(f"  WARNING: {error}")
+        self._saving_at = self._saved_at
 
     def on_train_end(self, trainer, module) -> None:
+        self.settle()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

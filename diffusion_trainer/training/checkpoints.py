@@ -2,166 +2,175 @@
 
     <run>/checkpoints/images-000102400/
         rank-00000.safetensors   this rank's runs of weight, ema, exp_avg, exp_avg_sq: "<kind>/<parameter>/<first>"
-        manifest.json            progress, shapes, sizes of the files, what wrote it; written last
+        manifest.json            progress, shapes, sizes and checksums of the files, what wrote it; written last
     <run>/checkpoints/latest     the name of the newest, replaced after the folder is in its place
 
 Runs of elements are named by parameter and first element, so any world size and strategy reads what any other wrote.
 """
 
-import json
-import os
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import lightning
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.training import saving
 from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.checkpoint_files import MANIFEST, DamagedCheckpoint, read_back, read_manifest
+from diffusion_trainer.training.saving import LATEST, WEIGHT, Snapshots, folders, order_of, shapes_of
 from diffusion_trainer.training.sharding import Sharding
-
-FORMAT = 1
-WEIGHT = "weight"
-AFTER_DAMAGE = "Remove that checkpoint's folder to go on from the one before it."
 
 
 def save(root: Path, images_seen: int, sharding: Sharding, state: Mapping, agreement: Agreement, keep: int) -> Path:
     """Writes <root>/images-<images_seen>, moves `latest` to it, then deletes all but the newest `keep` up to it.
 
     state: what else to resume, JSON. All ranks must call it. OSError, on all ranks, if any of them could not write;
-    what was there before is intact then.
+    what was there before is intact then. (`saving.Saver` does the same in the background.)
     """
-    folder = root / f"images-{images_seen:012d}"
-    part = root / f".{folder.name}.part"
-    first = agreement.rank == 0
-
-    def prepare() -> None:
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-
-    def write() -> None:
-        if first or not sharding.replicated:
-            path = part / f"rank-{agreement.rank:05d}.safetensors"
-            save_file(_tensors(sharding), path)
-            _sync(path)
-
-    def publish() -> None:
-        if first:
-            _write(
-                part / "manifest.json", json.dumps(_manifest(part, images_seen, sharding, state, agreement), indent=1)
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-            _write(root / "latest", folder.name)
-            for old in [p for p in sorted(root.glob("images-*")) if p.name <= folder.name][:-keep]:
-                shutil.rmtree(old)
-
-    for action in (prepare, write, publish):
-        error = _problem(action)
-        errors = [e for e in agreement.gather(error) if e]  # also the barrier between the phases
-        if errors:
-            if first:
-                shutil.rmtree(part, ignore_errors=True)
-            raise OSError(f"checkpoint {folder} could not be written: {errors[0]}; the one before it is intact")
-    return folder
-
-
-def _problem(action: Callable[[], None]) -> str | None:
-    try:
-        action()
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        return str(error)
-    return None
-
-
-def _manifest(part: Path, images_seen: int, sharding: Sharding, state: Mapping, agreement: Agreement) -> dict:
-    steps = {float(sharding.optimizer.state[m]["step"]) for m in sharding.masters() if m in sharding.optimizer.state}
-    return {
-        "format": FORMAT,
-        "images_seen": images_seen,
-        "optimizer_steps": max(steps, default=0.0),
-        "parameters": {n: list(shape) for n, shape in _shapes(sharding).items()},
-        "files": {p.name: p.stat().st_size for p in sorted(part.iterdir())},
-        "state": dict(state),
-        "written_by": {"world": agreement.world, "torch": torch.__version__, "lightning": lightning.__version__},
-    }
-
-
-def _shapes(sharding: Sharding) -> dict[str, torch.Size]:
-    return {name: getattr(p, "ds_shape", p.shape) for name, p in sharding.model.named_parameters() if p.requires_grad}
-
-
-def _tensors(sharding: Sharding) -> dict[str, Tensor]:
-    tensors = {}
-    for slot in sharding.slots():
-        state = sharding.optimizer.state.get(slot.master, {})
-        kinds = {WEIGHT: slot.master.data} | {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim()}
-        for kind, tensor in kinds.items():
-            run = tensor.detach().reshape(-1)[slot.at : slot.at + slot.count]
-            tensors[f"{kind}/{slot.name}/{slot.first}"] = run.cpu().contiguous().clone()
-    return tensors
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    _sync(part)
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    return saving.write(root, Snapshots(sharding, agreement.rank).take(images_seen, state), agreement, keep)
 
 
 def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint under <run>/checkpoints, None if there is none yet."""
-    if (root / "latest").is_file():
-        named = root / (root / "latest").read_text().strip()
-        if named.parent == root and (named / "manifest.json").is_file():
-            return named
-    whole = sorted(path.parent for path in root.glob("images-*/manifest.json"))
-    return whole[-1] if whole else None
+    """The newest checkpoint under <run>/checkpoints, None if there is none yet. Reading shows whether it is whole."""
+    named = _named(root)
+    if named is not None and (named / MANIFEST).is_file():
+        return named
+    there = [p for p in folders(root) if (p / MANIFEST).is_file()]
+    return there[-1] if there else None
+
+
+def _named(root: Path) -> Path | None:
+    """What the file `latest` names, if that is a checkpoint's name."""
+    path = root / LATEST
+    named = root / path.read_text(errors="replace").strip() if path.is_file() else None
+    return named if named and named.parent == root and order_of(named) else None
+
+
+class Resumable(NamedTuple):
+    checkpoint: "Checkpoint | None"  # the newest whole one
+    damage: list[str]  # what is wrong with those after it, the newest first
+    damaged: list[Path]  # their folders
+
+
+def resumable(root: Path, agreement: Agreement, thorough: bool = True) -> Resumable:
+    """The newest checkpoint that is whole, the same on all ranks, which must all call it; None if there has been none.
+
+    thorough: checksums too, each file's on one of the ranks; else what can be seen without reading it. UserError if
+    there are checkpoints and none is whole, or if ranks see different ones.
+    """
+    names = agreement.gather([p.name for p in _up_to_latest(root)])
+    if any(seen != names[0] for seen in names):  # a network file system that has not caught up
+        raise UserError(f"ranks see different checkpoints in {root}; start the run again")
+    share = slice(agreement.rank, None, agreement.world) if thorough else None
+    damage: list[str] = []
+    for i, folder in enumerate(root / name for name in names[0]):
+        checkpoint, problem = _look(folder, share)
+        problems = [p for p in agreement.gather(problem) if p]
+        if not problems:
+            return Resumable(checkpoint, damage, [root / name for name in names[0][:i]])
+        damage.append(problems[0])
+    if damage:
+        raise UserError(
+            "\n  ".join([f"no checkpoint in {root} is whole:", *damage]) + "\nPut one of these files back, or begin "
+            "anew under another name=..."
+        )
+    return Resumable(None, [], [])
+
+
+def _up_to_latest(root: Path) -> list[Path]:
+    """The newest first. Later ones than `latest` names are of a future that somebody went back from."""
+    there, named = folders(root)[::-1], _named(root)
+    return [p for p in there if named is None or order_of(p) <= order_of(named)] or there
+
+
+def _look(folder: Path, share: slice | None) -> tuple["Checkpoint | None", str | None]:
+    """The checkpoint, or what is wrong with it. share: of its files, whose checksums this rank looks at."""
+    try:
+        checkpoint = Checkpoint(folder)
+        if share is not None:
+            checkpoint.verify(sorted(checkpoint.files)[share])
+            checkpoint.verified |= set(checkpoint.files)  # the others' too, once they say so
+    except DamagedCheckpoint as error:
+        return None, error.problem
+    return checkpoint, None
+
+
+def put_aside(folder: Path) -> Path:
+    """Renames a checkpoint that is not to be gone on from, so that it counts as none and is still there to look at."""
+    aside = folder.with_name(f"aside-{folder.name}")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-again")
+    return folder.rename(aside)
 
 
 class Checkpoint:
-    """A checkpoint folder, opened for reading; only the elements asked for are read from its files."""
+    """A checkpoint folder, opened for reading; only the elements asked for are read from its files, after the checksum
+    of the whole file, once.
+    """
 
-    def __init__(self, folder: Path):
-        """UserError if it is not one, or a file of it is missing or has another size."""
-        self.folder = folder
-        try:
-            self.manifest = json.loads((folder / "manifest.json").read_text())
-            found = {name: (folder / name).stat().st_size for name in self.manifest["files"]}
-            wrong = [name for name, size in self.manifest["files"].items() if found[name] != size]
-            if self.manifest["format"] != FORMAT:
-                raise UserError(
-                    f"checkpoint {folder} has format {self.manifest['format']}; this version reads {FORMAT}"
-                )
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder} is not a whole checkpoint ({error}). {AFTER_DAMAGE}") from error
-        if wrong:
-            raise UserError(
-                f"checkpoint file {folder / wrong[0]} is damaged: its size is not the manifest's. {AFTER_DAMAGE}"
-            )
+    def __init__(self, folder: Path, whole: Collection[str] = (WEIGHT,)):
+        """DamagedCheckpoint, a UserError, if it is not one, a file of it is missing or has another size, or it does not
+        hold all of the kinds `whole`.
+        """
+        self.folder, self._whole = folder, whole
+        self.manifest: dict[str, Any] = read_manifest(folder)
+        self.files = self.manifest["files"]
+        self.verified: set[str] = set()  # files whose checksum was right
         self.shapes = {name: torch.Size(shape) for name, shape in self.manifest["parameters"].items()}
-        self._runs = defaultdict(list)  # (kind, parameter) -> [(first, open file, key)]
-        for name in self.manifest["files"]:
+        self._runs = defaultdict(list)  # (kind, parameter) -> [(first, count, open file, its name, key)]
+        for name in self.files:
             try:
-                file = safe_open(folder / name, framework="pt")
-            except SafetensorError as error:
-                raise UserError(f"checkpoint file {folder / name} is damaged ({error}). {AFTER_DAMAGE}") from error
-            for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                kind, parameter, first = key.split("/")
-                self._runs[kind, parameter].append((int(first), file, key))
+                self._open(name)
+            except (OSError, SafetensorError, ValueError) as error:
+                raise self._damaged(name, str(error)) from error
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        problem = next(self._gaps(), None)
+        if problem:
+            self.verify(self.files)  # names the file, if it is one that is damaged
+            raise self._damaged(MANIFEST, problem)
+
+    def _gaps(self) -> Iterator[str]:
+        for name, shape in self.shapes.items():
+            missing = [kind for kind in self._whole if shape.numel() and (kind, name) not in self._runs]
+            if missing:
+                yield f"none of its files holds {missing[0]} of {name}"
+        for (kind, name), runs in self._runs.items():
+            runs.sort(key=lambda run: run[0])
+            ends = [first + count for first, count, *_ in runs]
+            if [first for first, *_ in runs] != [0, *ends[:-1]] or ends[-1] != self.shapes[name].numel():
+                yield f"{kind} of {name} has gaps in its files, or is there twice"
+
+    def _open(self, name: str) -> None:
+        path, size = self.folder / name, self.files[name].size
+        if path.stat().st_size != size:
+            raise ValueError(f"it has {path.stat().st_size} bytes, the manifest says {size}")
+        file = safe_open(path, framework="pt")
+        for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            kind, parameter, first = key.split("/")
+            shape = file.get_slice(key).get_shape()
+            if parameter not in self.shapes or len(shape) != 1 or not first.isdecimal():
+                raise ValueError(f"it holds {key:.80}, which is no run of a parameter")
+            self._runs[kind, parameter].append((int(first), shape[0], file, name, key))
+
+    def _damaged(self, name: str, problem: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(self.folder / name, problem)
+
+    def verify(self, names: Iterable[str]) -> None:
+        """DamagedCheckpoint, with its name, if one of these files is not what was written. Reads each once."""
+        for name in sorted(set(names) - self.verified):
+            try:
+                found = read_back(self.folder / name)
+            except OSError as error:
+                raise self._damaged(name, str(error)) from error
+            if found != self.files[name]:
+                raise self._damaged(name, "its checksum is not the manifest's")
+            self.verified.add(name)
 
     @property
     def images_seen(self) -> int:
@@ -172,13 +181,15 @@ class Checkpoint:
         return {kind for kind, _ in self._runs}
 
     def read(self, kind: str, name: str, first: int, count: int) -> Tensor:
-        """(count,) elements first..first+count-1 of the flattened parameter."""
+        """(count,) elements first..first+count-1 of the flattened parameter. DamagedCheckpoint, UserError if it has
+        none of this kind.
+        """
         out, got = torch.empty(count), 0
-        for start, file, key in self._runs[kind, name]:
-            run = file.get_slice(key)
-            low, high = max(first, start), min(first + count, start + run.get_shape()[0])
+        for start, length, file, of, key in self._runs.get((kind, name), ()):
+            low, high = max(first, start), min(first + count, start + length)
             if low < high:
-                out[low - first : high - first] = run[low - start : high - start]
+                self.verify([of])
+                out[low - first : high - first] = file.get_slice(key)[low - start : high - start]
                 got += high - low
         if got != count:
             raise UserError(f"checkpoint {self.folder} holds {got} of {count} elements of {kind} of {name}")
@@ -208,7 +219,7 @@ def _say(shape: torch.Size | None) -> str:
 @torch.no_grad()
 def load(checkpoint: Checkpoint, sharding: Sharding) -> None:
     """Fills masters and optimizer state from a checkpoint of any world size and strategy. All ranks must call it."""
-    checkpoint.check_architecture(_shapes(sharding))
+    checkpoint.check_architecture(shapes_of(sharding))
     optimizer, kinds = sharding.optimizer, checkpoint.kinds - {WEIGHT}
     if kinds:  # a checkpoint from before the first step has none
         for master in sharding.masters():

@@ -1,0 +1,212 @@
+"""Checkpoints in runs: written while training goes on, and a run goes on from the newest that is whole."""
+
+import csv
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from diffusion_trainer.apps import initial, rank, train
+from diffusion_trainer.apps.config import load
+from diffusion_trainer.apps.folder import write_config
+from diffusion_trainer.apps.parts import TrainConfig
+from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.checkpointing import Checkpointing
+from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.training import saving
+from diffusion_trainer.training.checkpoints import Checkpoint, latest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+FILE = "rank-00000.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return tiny.overrides(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def overrides(shards):
+    return [
+        *shards, *tiny.NETWORK, "network.attention_levels=[]", "strategy=single", "trainer.accelerator=cpu",
+        "callbacks.evaluate=null", "callbacks.checkpoint.every_n_images=32", "callbacks.checkpoint.keep=9",
+        "callbacks.log={_target_: diffusion_trainer.callbacks.metrics.LogMetrics, every_n_images: 32}",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def run(overrides, tmp_path):
+    """run(images, *overrides) -> exit code, in this process; a checkpoint each step of 32 images."""
+
+    def run(images: int, *more: str, folder: Path = tmp_path / "run") -> int:
+        config = load("train", [*overrides, f"folder='{folder}'", f"num_images={images}", *more], TrainConfig)
+        folder.mkdir(exist_ok=True)
+        write_config(folder, config)
+        return rank.work(config, folder, World(0, 1, 1, False))
+
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+
+def named(*images: int) -> list[str]:
+    return [f"images-{n:012d}" for n in images]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = Checkpoint(latest(folder / "checkpoints"))
+    return {f"{kind}/{n}": t for kind in found.kinds for n, t in found.whole(kind).items()}
+
+
+def logged(folder: Path) -> list[int]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [int(row["images_seen"]) for row in csv.DictReader(file)]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_run_goes_on_from_the_one_before_and_ends_the_same(run, tmp_path, capsys, damage):
+    assert run(160, folder=tmp_path / "whole") == 0
+    assert run(96) == 0
+    damage(tmp_path / "run" / "checkpoints" / named(96)[0] / FILE)
+    capsys.readouterr()
+    assert run(160) == 0
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1
+    assert f"{named(96)[0]}/{FILE} is damaged" in said
+    assert f"It is aside-{named(96)[0]} now; going on from {named(64)[0]}, the one before" in said
+    ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert names(tmp_path / "run") == ["aside-" + named(96)[0], *named(32, 64, 96, 128, 160), "latest"]
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole") == [32, 64, 96, 128, 160]
+
+
+def test_a_run_without_a_whole_one_is_refused_with_all_names(run, tmp_path):
+    assert run(64) == 0
+    for name in named(32, 64):
+        flip(tmp_path / "run" / "checkpoints" / name / FILE)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole") as caught:
+        run(96)
+    assert all(f"{name}/{FILE}" in str(caught.value) for name in named(32, 64))
+    assert names(tmp_path / "run") == [*named(32, 64), "latest"]
+
+
+def test_a_damaged_one_that_is_named_is_refused(run, tmp_path):
+    """By sample, evaluate, export, init_from, ...: all read through the same class."""
+    assert run(64) == 0
+    flip(tmp_path / "run" / "checkpoints" / named(64)[0] / FILE)
+    for named_as in (tmp_path / "run", tmp_path / "run" / "checkpoints" / named(64)[0]):
+        with pytest.raises(UserError, match=f"{named(64)[0]}/{FILE} is damaged"):
+            initial.of(str(named_as))
+    assert initial.of(str(tmp_path / "run" / "checkpoints" / named(32)[0]))
+
+
+def test_the_checks_before_a_run_pass_over_a_damaged_one(run, overrides, tmp_path, capsys):
+    assert run(64) == 0
+    (tmp_path / "run" / "checkpoints" / named(64)[0] / "manifest.json").write_text("{")
+    config = load("train", [*overrides, f"folder='{tmp_path}/run'", "num_images=64"], TrainConfig)
+    train.preflight(config, 1, tmp_path / "run")
+    train.announce(config, 1, tmp_path / "run", "")
+    assert f"resuming from {named(32)[0]}" in capsys.readouterr().out
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(run, tmp_path, monkeypatch):
+    """Writing the first one waits until two more steps have been taken; the second waits for the first."""
+    stepped, write = threading.Event(), saving.write
+    seen, after_step = [], Checkpointing.after_step
+
+    def wait_and_write(*arguments):
+        assert stepped.wait(60)
+        return write(*arguments)
+
+    def note(self, previous):
+        after_step(self, previous)
+        seen.append((self.run.images_seen, len(list((tmp_path / "run" / "checkpoints").glob("images-*")))))
+        if self.run.images_seen == 96:
+            stepped.set()
+
+    monkeypatch.setattr(saving, "write", wait_and_write)
+    monkeypatch.setattr(Checkpointing, "after_step", note)
+    assert run(192, "callbacks.checkpoint.every_n_images=64") == 0
+    assert seen[:3] == [(32, 0), (64, 0), (96, 0)]
+    assert names(tmp_path / "run") == [*named(64, 128, 192), "latest"]
+
+
+@pytest.mark.parametrize("failing", [64, 96])
+def test_one_that_cannot_be_written_is_told_at_the_next_step_and_training_goes_on(
+    run, tmp_path, monkeypatch, capsys, failing
+):
+    write = saving.write_tensors
+
+    def fail(path, tensors):
+        if f"{failing:012d}" in path.parent.name:
+            raise OSError("No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(saving, "write_tensors", fail)
+    assert run(96) == 0
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1
+    assert "could not be written: No space left on device; the one before it is intact" in said
+    assert names(tmp_path / "run") == [*named(*sorted({32, 64, 96} - {failing})), "latest"]
+
+
+def test_it_is_told_at_the_very_next_step(run, monkeypatch, capsys):
+    after_step, told = Checkpointing.after_step, {}
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    def note(self, previous):
+        after_step(self, previous)
+        if self.run.images_seen == 64:
+            self._saver._thread.join()
+        told[self.run.images_seen] = "WARNING" in capsys.readouterr().out
+
+    monkeypatch.setattr(saving, "write_tensors", fail)
+    monkeypatch.setattr(Checkpointing, "after_step", note)
+    assert run(160, "callbacks.checkpoint.every_n_images=64") == 0
+    assert (told[64], told[96]) == (False, True)
+
+
+class Saves(RunCallback):
+    """Asks for a checkpoint, as what ends a run does."""
+
+    def after_step(self, previous):
+        if self.run.images_seen == 64:
+            self.run.save()
+            self.found = latest(self.run.folder / "checkpoints")
+
+
+def test_one_that_is_asked_for_is_there_when_the_call_returns(run, tmp_path, monkeypatch):
+    asks, write = Saves(), saving.write
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: asks)
+    monkeypatch.setattr(saving, "write", lambda *arguments: time.sleep(0.3) or write(*arguments))
+    assert run(96, "callbacks.checkpoint.every_n_images=1000") == 0
+    assert asks.found.name == named(64)[0]
+
+
+class Signal(RunCallback):
+    def after_step(self, previous):
+        if self.run.images_seen == 64:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_stop_waits_until_its_checkpoint_is_there(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: Signal())
+    assert run(160, "callbacks.checkpoint.every_n_images=1000") == 128 + signal.SIGTERM
+    assert names(tmp_path / "run") == [*named(64), "latest"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
