@@ -25,6 +25,7 @@ class Strategy(ABC):
 
     max_processes: int | None = None
     timeout_seconds: int = 600  # of a collective
+    compiles: bool = True  # whether a compiled network is of any use
 
     @abstractmethod
     def lightning(self, device: str) -> LightningStrategy:
@@ -64,14 +65,26 @@ class Ddp(Strategy):
 
 @dataclass(frozen=True)
 class Zero(Strategy):
-    """DeepSpeed ZeRO (Rajbhandari et al. 2020): stage 1 shards optimizer state, 2 gradients too, 3 weights too."""
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020): stage 1 shards optimizer state, 2 gradients too, 3 weights too.
+
+    offload_optimizer: optimizer state (moments, fp32 master weights, EMA) lives in the CPU's memory, and the step is
+    taken there by torch's AdamW (Ren et al. 2021, ZeRO-Offload, which has an Adam of its own for it).
+    """
 
     stage: int
     timeout_seconds: int = 600
+    offload_optimizer: bool = False
 
     def __post_init__(self):
         if self.stage not in (1, 2, 3):
             raise ValueError(f"stage must be 1, 2 or 3, not {self.stage} (for stage 0 use strategy=ddp)")
+        if self.offload_optimizer and self.stage == 1:
+            raise ValueError("offload_optimizer takes the gradients along: it needs stage 2 or 3, not 1")
+
+    @property
+    def compiles(self) -> bool:
+        # Stage 3 gathers and frees weights in Python hooks around every layer: a graph ends at each of them.
+        return self.stage < 3
 
     def lightning(self, device: str) -> LightningStrategy:
         os.environ.setdefault("DS_ACCELERATOR", device)  # before deepspeed is imported
@@ -88,7 +101,11 @@ class Zero(Strategy):
             timeout=timedelta(seconds=self.timeout_seconds),
             logging_batch_size_per_gpu=1,  # only for DeepSpeed's own log; the loader has no batch_sampler to read
             overlap_comm=device != "cpu",
+            offload_optimizer=self.offload_optimizer,
+            pin_memory=self.offload_optimizer and device != "cpu",
         )
+        # DeepSpeed would insist on its own Adam, which compiles for minutes at the first start; ours keeps the EMA too.
+        strategy.config["zero_force_ds_cpu_optimizer"] = False
         return strategy
 
     def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
@@ -144,6 +161,10 @@ class ZeroReplicatedWeights(Sharding):
     def masters(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
+    @property
+    def skipped(self) -> bool:
+        return bool(self.zero.overflow)
+
     def slots(self) -> Iterator[Slot]:
         names = {p: name for name, p in self.model.named_parameters()}
         for master, group in zip(self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True):
@@ -172,6 +193,10 @@ class ZeroPartitionedWeights(Sharding):
 
     def masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
+
+    @property
+    def skipped(self) -> bool:
+        return bool(self.zero.overflow)
 
     def slots(self) -> Iterator[Slot]:
         names = {p: name for name, p in self.model.named_parameters()}
