@@ -83,3 +83,12 @@ def trained(digits, tmp_path_factory) -> Path:
     code, output = finish(command("train", "experiment=digits", *SMALL, "strategy=single", "num_images=32", cwd=folder))
     assert code == 0, output
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(digits, tmp_path_factory) -> Path:
+    """As `workplace`, but one for all runs of a module, which compares them."""
+    path = tmp_path_factory.mktemp("runs")
+    (path / "shards").mkdir()
+    (path / "shards" / "digits").symlink_to(digits)
+    return path

@@ -20,7 +20,8 @@ class Spy(RunCallback):
 
     def start(self) -> None:
         self.ledger, self.losses, self.differences = [], [], []
-        self.expected = self.whole(WEIGHT) if self.run.images_seen == 0 else self.whole(KEY)
+        self.tracks = self.run.module.ema.tracks
+        self.expected = {key: self.whole(key if self.run.images_seen else WEIGHT) for key in self.tracks}
         self.began = self.run.images_seen
 
     def whole(self, kind: str) -> dict[str, torch.Tensor]:
@@ -49,12 +50,13 @@ class Spy(RunCallback):
         self.losses += run.agreement.mean([sum(self.micro) / len(self.micro)])
         self.micro = []
         weights, batch = self.whole(WEIGHT), run.module.progress.batch_size
-        decay = run.module.ema.decay(previous, batch)
-        self.expected = {n: decay * e + (1 - decay) * weights[n] for n, e in self.expected.items()}
-        average = self.whole(KEY)
-        self.differences.append(max(float((average[n] - e).abs().max()) for n, e in self.expected.items()))
+        for key, track in self.tracks.items():
+            decay, expected = track.decay(previous, batch), self.expected[key]
+            self.expected[key] = {n: decay * e + (1 - decay) * weights[n] for n, e in expected.items()}
+            average = self.whole(key)
+            self.differences.append(max(float((average[n] - e).abs().max()) for n, e in self.expected[key].items()))
         if self.swap_every and len(self.losses) % self.swap_every == 0:
-            self.swap(weights, average)
+            self.swap(weights, self.whole(KEY))
 
     def swap(self, weights, average) -> None:
         """Inside, the forward pass must compute what the averages compute; after, the masters are bitwise the same."""
@@ -77,6 +79,22 @@ class Spy(RunCallback):
         }  # fmt: skip
         if self.run.first:
             torch.save(report, self.run.folder / f"spy-{self.began}.pt")
+
+
+class Poison(RunCallback):
+    """Makes a NaN of one gradient of the last rank, in steps whose first sample's number is in [first, last)."""
+
+    def __init__(self, first: int, last: int):
+        self.first, self.last = first, last
+
+    def start(self) -> None:
+        agreement = self.run.agreement
+        if agreement.rank == agreement.world - 1:
+            parameter = next(p for p in self.run.module.model.parameters() if p.requires_grad)
+            parameter.register_hook(lambda gradient: gradient * (float("nan") if self.bad else 1.0))
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.bad = self.first <= batch["first"] < self.last
 
 
 class Ledger(RunCallback):

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, finish
+from conftest import ROOT, SMALL, command, finish
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import config as configuration
@@ -16,7 +16,7 @@ from diffusion_trainer.apps import multirun
 from diffusion_trainer.apps.parts import TrainConfig, check_sampling
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "conf").rglob("*.yaml"))]
-VERBS = "train|sample|evaluate|variance|likelihood|inspect"
+VERBS = "train|sample|evaluate|variance|likelihood|ema|export|inspect"
 COMMANDS = sorted({c for p in PAGES for c in re.findall(rf"diffusion-trainer ((?:{VERBS}) [^`\n&]+)", p.read_text())})
 
 
@@ -26,10 +26,13 @@ def runnable(command: str) -> bool:
 
 @pytest.fixture(scope="module")
 def measured(trained):
-    """The run with its variance statistics, which some commands read, and shards in my/."""
+    """The run with its variance statistics, one with snapshots of averages, and shards in my/."""
     (trained / "my").symlink_to(trained / "shards" / "digits")
-    code, output = finish(command("variance", "checkpoint=runs/digits", "num_samples=20", "num_levels=10", cwd=trained))
-    assert code == 0, output
+    averages = next(c for c in COMMANDS if "ema_snapshots" in c)
+    for shown in (shlex.split("variance checkpoint=runs/digits num_samples=20 num_levels=10"),
+                  [*shlex.split(averages), *SMALL, "num_images=10240", "callbacks.evaluate=null"]):  # fmt: skip
+        code, output = finish(command(*shown, cwd=trained))
+        assert code == 0, output
     return trained
 
 

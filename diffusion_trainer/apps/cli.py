@@ -14,6 +14,8 @@ VERBS = {
     "index": "count, locate and checksum the samples of shards, once, before they are trained on",
     "inspect": "what shards hold: counts, fields, a picture, speed, and what is damaged in them",
     "likelihood": "bits per dimension of data under a checkpoint: the variational bound, or exact by the ODE",
+    "ema": "make an average of another length after training, from a run's snapshots",
+    "export": "write a checkpoint's weights, averaged or raw, to one safetensors file that says what it is",
 }
 
 USAGE = """usage: diffusion-trainer <verb> [group=option] [key=value] ...
@@ -43,7 +45,7 @@ def _main() -> int:
 def run(arguments: list[str]) -> int:
     """The exit code of a command line without its first word."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE.format(verbs="\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())))
+        print(USAGE.format(verbs="\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())))
         return 0 if arguments else 2
     verb, overrides = arguments[0], arguments[1:]
     if verb not in VERBS:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import initial, statistics
@@ -17,7 +18,7 @@ from diffusion_trainer.apps.parts import Parts, check_sampling, check_variance, 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
-from diffusion_trainer.training.ema import KEY
+from diffusion_trainer.training.ema import KEY, key_of
 from diffusion_trainer.training.model import Model
 
 MODEL = ("objective", "network", "conditioning", "data")
@@ -30,7 +31,7 @@ class ModelConfig(Schema):
 
     checkpoint: str
     out: str | None
-    weights: Literal["ema", "raw"]
+    weights: str
     accelerator: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]
     allowed_targets: list[str]
@@ -115,14 +116,14 @@ def provenance_of(config: Mapping[str, Any], checkpoint: Checkpoint, seed: int, 
 def loaded(
     config: Mapping[str, Any], checkpoint: Checkpoint, weights: str, device: torch.device
 ) -> tuple[Parts, Model]:
-    """The model that a run's configuration describes, with the weights ("ema" or "raw") of its checkpoint."""
+    """The model that a run's configuration describes, with `weights` of its checkpoint (see kind_of)."""
     parts = Parts.of(config)
     model = parts.model(dtype_of(config["precision"], device.type)).to(device).eval()
     kind = _check_weights(checkpoint, parts, model, weights)
     model.requires_grad_(False)
     names = {name for name, _ in model.named_parameters()}
     given = {name: weight for name, weight in initial.read(run_of(checkpoint.folder)).items() if name in names}
-    found = {**given, **checkpoint.whole(kind)}
+    found = {**given, **(checkpoint.whole(kind) if kind else _from_file(weights, checkpoint))}
     if names - set(found):
         raise UserError(
             f"{run_of(checkpoint.folder) / initial.FILE} is missing: it holds the weights that this run did not train; "
@@ -132,14 +133,40 @@ def loaded(
     return parts, model
 
 
-def _check_weights(checkpoint: Checkpoint, parts: Parts, model: Model, weights: str) -> str:
-    """The kind of the checkpoint's tensors that `weights` ("ema" or "raw") means."""
+def _check_weights(checkpoint: Checkpoint, parts: Parts, model: Model, weights: str) -> str | None:
+    """The kind of the checkpoint's tensors that `weights` means, None for a file; UserError if it has none."""
     trained = {name: p.shape for name, p in model.named_parameters() if parts.objective.trains(name)}
     checkpoint.check_architecture(trained)
-    kind = KEY if weights == "ema" else WEIGHT
-    if kind not in checkpoint.kinds:
-        raise UserError(f"checkpoint {checkpoint.folder} has no {weights} weights; use weights=raw")
+    kind = kind_of(weights)
+    if kind and kind not in checkpoint.kinds:
+        there = " or ".join(choices(checkpoint))
+        raise UserError(f"checkpoint {checkpoint.folder} has no {weights} weights; it has weights={there}")
     return kind
+
+
+def _from_file(path: str, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """What `export` or `ema` has written; UserError if it does not hold the parameters of the checkpoint."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights={path} cannot be read ({error})") from error
+    checkpoint.check_architecture({name: tensor.shape for name, tensor in tensors.items()})
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def kind_of(weights: str) -> str | None:
+    """Of a checkpoint's tensors: raw are those that were trained, ema is the run's (main) average, any other name one
+    of the profiles of ema=several. None for a file's name, which ends in .safetensors.
+    """
+    if weights.endswith(".safetensors"):
+        return None
+    return {"raw": WEIGHT, "ema": KEY}.get(weights) or key_of(weights)
+
+
+def choices(checkpoint: Checkpoint) -> list[str]:
+    """What `weights` may be."""
+    averages = [kind.removeprefix(key_of("")) for kind in sorted(checkpoint.kinds) if kind.startswith(KEY)]
+    return ["raw", *averages]
 
 
 def device_of(accelerator: str) -> torch.device:

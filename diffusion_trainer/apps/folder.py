@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "num_images",
     "trainer",
     "strategy",
+    "compile",
+    "channels_last",
     "callbacks",
     "logger",
     "evaluation",
@@ -29,6 +31,7 @@ MAY_CHANGE = (
 )
 ORDER = "order"  # of the samples: the fingerprint of the data
 MAY_CHANGE_INSIDE = (
+    "network.checkpoint_blocks",
     "data.sources.*.shards",
     "data.num_workers",
     "data.prefetch",

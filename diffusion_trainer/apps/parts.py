@@ -12,7 +12,7 @@ from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.objectives.base import Objective
-from diffusion_trainer.training.model import Model
+from diffusion_trainer.training.model import Model, missing_for_compile
 
 
 class TrainConfig(Schema):
@@ -27,6 +27,8 @@ class TrainConfig(Schema):
     batch_size: int
     lanes: int
     precision: Literal["auto", "fp32", "bf16"]
+    compile: bool
+    channels_last: bool
     condition_dropout: float
     allowed_targets: list[str]
     schedule: dict
@@ -63,6 +65,8 @@ class Parts:
     network: nn.Module
     conditioning: Conditioning
     objective: Objective
+    channels_last: bool = False
+    compiled: bool = False
 
     @classmethod
     def of(cls, config: Mapping[str, Any], seed: int = 0, device: str = "cpu") -> "Parts":
@@ -74,11 +78,13 @@ class Parts:
         torch.manual_seed(seed)
         with torch.device(device):
             network, conditioning = (build(config[name], name, allowed) for name in ("network", "conditioning"))
-        return cls(network, conditioning, build(config["objective"], "objective", allowed))
+        objective = build(config["objective"], "objective", allowed)
+        compiled = config.get("compile", False) and device != "meta"
+        return cls(network, conditioning, objective, config.get("channels_last", False), compiled)
 
     def model(self, dtype: torch.dtype) -> Model:
         """With just the parameters that the objective trains requiring gradients."""
-        model = Model(self.network, self.conditioning, dtype, self.objective.learned)
+        model = Model(self.network, self.conditioning, dtype, self.objective.learned, self.channels_last, self.compiled)
         for name, p in model.named_parameters():
             p.requires_grad_(self.objective.trains(name))
         return model
@@ -126,14 +132,29 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
+def check_compile(config: Mapping[str, Any]) -> None:
+    """UserError if the network is to be compiled and the strategy or this machine cannot."""
+    if not config["compile"]:
+        return
+    strategy, trainer = (build(config[g], g, config["allowed_targets"]) for g in ("strategy", "trainer"))
+    if not strategy.compiles:
+        raise UserError(
+            "compile=true: ZeRO-3 gathers the weights of each layer as it comes to it, where a compiled graph ends: "
+            "nothing would be gained; use strategy=zero2, or compile=false"
+        )
+    lacking = missing_for_compile(trainer.device())
+    if lacking:
+        raise UserError(f"compile=true: this machine lacks {lacking}; install it, or use compile=false")
+
+
 def check_network(config: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
-    """UserError if the network does not take such images, or its conditioning's vector."""
+    """UserError if the network does not take such images, or its conditioning's vector, or cannot be compiled here."""
+    check_compile(config)
     parts = Parts.of(config, device="meta")
     with torch.device("meta"):
         try:
             x = torch.zeros(2, *image_shape)
-            labels = torch.zeros(2, dtype=torch.int64) if parts.conditioning.fields else None
-            out = parts.model(torch.float32)(x, torch.zeros(2), labels)
+            out = parts.model(torch.float32)(x, torch.zeros(2), parts.conditioning.stand_in(2))
         except (RuntimeError, ValueError, TypeError) as error:
             raise UserError(
                 f"network: it does not take images of {'x'.join(map(str, image_shape))} with a condition of "

@@ -22,7 +22,8 @@ from torch import distributed
 
 from diffusion_trainer.training.agreement import Agreement
 
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes of a rank that was told to
+ROLLED_BACK = 75  # exit code (EX_TEMPFAIL of sysexits.h): to be started again, from an earlier checkpoint
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, ROLLED_BACK)  # exit codes of a rank that ended in order
 GRACE_SECONDS = 20  # between asking the other ranks to stop and killing them
 
 

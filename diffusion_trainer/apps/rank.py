@@ -4,14 +4,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import distributed
 
 import diffusion_trainer
@@ -22,6 +22,7 @@ from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, dtype_of, generator_of
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.damage import CountDamage
+from diffusion_trainer.callbacks.evaluating import owed
 from diffusion_trainer.callbacks.observing import Observing
 from diffusion_trainer.callbacks.run import Run, RunCallback
 from diffusion_trainer.conventions import UserError
@@ -29,6 +30,7 @@ from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule, Progress
+from diffusion_trainer.training.rollbacks import Rollbacks
 from diffusion_trainer.training.trainer import resume_counters
 
 
@@ -41,33 +43,36 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
         build(config["strategy"], "strategy", config["allowed_targets"]),
     )
     module = module_of(config, folder, progress, trainer_settings.device())
-    newest = checkpoints.latest(folder / "checkpoints")
-    checkpoint = checkpoints.Checkpoint(newest) if newest else None
+    checkpoint = checkpoints.resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
     started_at = checkpoint.images_seen if checkpoint else 0
-    if started_at >= progress.num_images:
-        if world.rank == 0:
-            print(f"  already at {started_at:,} images; a larger num_images trains on", flush=True)
-        return 0
     callbacks = [
         build(node, f"callbacks.{name}", config["allowed_targets"])
         for name, node in config["callbacks"].items()
         if node is not None
     ]
+    if started_at >= progress.num_images and not owed(callbacks, folder, checkpoint):
+        if world.rank == 0:
+            print(f"  already at {started_at:,} images; a larger num_images trains on", flush=True)
+        return 0
     if module.objective.observes:
         callbacks.insert(0, Observing())
     data = build(config["data"], "data", config["allowed_targets"])
     callbacks.insert(0, CountDamage(data.damage_budget, data.count))
     if world.rank == 0:
         folders.write_order(folder, data.fingerprint)
-    begin = _Begin(config, folder, module, strategy, checkpoint, callbacks)
+    begin = _Begin(config, folder, module, strategy, callbacks)
     trainer = trainer_settings.build(
         strategy, world.nodes, world.local_size, world.environment(), progress.num_images // progress.batch_size,
-        [begin, *callbacks], loggers_of(config, folder, world.rank, started_at), folder,
+        [begin, *callbacks], [], folder,
     )  # fmt: skip
-    resume_counters(trainer, started_at // progress.batch_size)
     layout = Layout(progress.batch_size, world.size, world.rank, trainer_settings.accumulate_grad_batches)
-    first, last = started_at // progress.batch_size, progress.num_images // progress.batch_size
-    trainer.fit(module, data.loader(layout, progress.seed, progress.lanes, first, last))
+
+    def loader() -> Any:
+        left_out = Rollbacks(folder).left_out(begin.started_at)
+        first, last = ((n + left_out) // progress.batch_size for n in (begin.started_at, progress.num_images))
+        return data.loader(layout, progress.seed, progress.lanes, first, last)
+
+    trainer.fit(module, datamodule=_Data(loader))
     return begin.exit_code()
 
 
@@ -98,20 +103,62 @@ def loggers_of(config: Mapping[str, Any], folder: Path, rank: int, started_at: i
     return [choice.build(folder, config["name"], run_id, config, started_at) for choice in choices]
 
 
-class _Begin(Callback):
-    """First of the callbacks: once the strategy stands, resumes the weights and gives the others their run."""
+class _Data(LightningDataModule):
+    """A loader that is made only when it is known where the run goes on."""
 
-    def __init__(self, config, folder, module, strategy, checkpoint, callbacks: Sequence[RunCallback]):
+    def __init__(self, loader: Callable[[], Any]):
+        super().__init__()
+        self._loader = loader
+
+    def train_dataloader(self) -> Any:
+        return self._loader()
+
+
+class _Begin(Callback):
+    """First of the callbacks: once ranks can talk, finds what to go on from; once the strategy stands, resumes the
+    weights and gives the others their run.
+    """
+
+    def __init__(self, config, folder, module, strategy, callbacks: Sequence[RunCallback]):
         self.config, self.folder, self.module, self.strategy = config, folder, module, strategy
-        self.checkpoint, self.callbacks = checkpoint, callbacks
+        self.callbacks = callbacks
+        self.checkpoint: checkpoints.Checkpoint | None = None
         self.run: Run | None = None
+
+    @property
+    def started_at(self) -> int:
+        return self.checkpoint.images_seen if self.checkpoint else 0
+
+    def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
+        self.agreement = Agreement(self.strategy.timeout_seconds)
+        first = self.agreement.rank == 0
+        found = checkpoints.resumable(self.folder / "checkpoints", self.agreement)
+        self.checkpoint = found.checkpoint
+        for problem, damaged in zip(found.damage, found.damaged, strict=True):
+            if first:
+                aside = checkpoints.put_aside(damaged)
+                at = self.checkpoint.folder.name
+                print(f"  WARNING: {problem}\n  It is {aside.name} now; going on from {at}, the one before", flush=True)
+        if first:
+            Rollbacks(self.folder).forget_after(self.started_at)
+        resume_counters(trainer, self.started_at // module.progress.batch_size)
+        trainer.loggers = loggers_of(self.config, self.folder, self.agreement.rank, self.started_at)
+
+    def on_fit_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Where no step is left Lightning leaves out its loop, and with it the hooks where callbacks begin and end."""
+        if self.checkpoint is None or self.checkpoint.images_seen < module.progress.num_images:
+            return
+        self.on_train_start(trainer, module)
+        for callback in self.callbacks:
+            callback.on_train_start(trainer, module)
+        signals = self.run.agreement.gather(self.run.stop_signal)  # no step follows, after which they would agree
+        self.run.stop_signal = max((s for s in signals if s is not None), default=None)
+        for callback in self.callbacks:
+            callback.on_train_end(trainer, module)
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         config, device = self.config, module.device
-        agreement = Agreement(self.strategy.timeout_seconds)
-        found = agreement.gather(self.checkpoint.images_seen if self.checkpoint else 0)
-        if len(set(found)) > 1:  # a network file system that has not caught up
-            raise UserError(f"ranks see different checkpoints ({found} images); start the run again")
+        agreement = self.agreement
         sharding = self.strategy.sharding(module.model, trainer)
         state: dict[str, Any] = {"run_id": folders.run_id(self.folder) if agreement.rank == 0 else None}
         if self.checkpoint is not None:
@@ -121,12 +168,14 @@ class _Begin(Callback):
         seed = evaluation.seed if evaluation else config["seed"]
         generator = partial(generator_of, config, module.model, module.objective, device, seed)
         state["provenance"] = provenance(config, str(device))
-        prepared = evaluation.prepare(device, agreement) if evaluation else None
+        prepared = evaluation.prepare(device, agreement, module.model.conditioning) if evaluation else None
         self.run = Run(self.folder, module, trainer, agreement, sharding, generator, prepared, state)
         for callback in self.callbacks:
             callback.run = self.run
 
     def exit_code(self) -> int:
+        if self.run and self.run.rolled_back:
+            return processes.ROLLED_BACK
         number = self.run.stop_signal if self.run else None
         if number is None:
             return 0

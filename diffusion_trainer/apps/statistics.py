@@ -18,7 +18,8 @@ BOUND = "x_0_bound"  # estimates were clipped to it
 
 
 def path_of(checkpoint: Path, weights: str) -> Path:
-    return run_of(checkpoint) / "variances" / f"{checkpoint.name}-{weights}.safetensors"
+    name = Path(weights).stem if weights.endswith(".safetensors") else weights
+    return run_of(checkpoint) / "variances" / f"{checkpoint.name}-{name}.safetensors"
 
 
 def about(checkpoint: Path, weights: str) -> dict[str, str]:

@@ -12,14 +12,18 @@ import torch
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps import initial, processes, statistics
-from diffusion_trainer.apps.checks import check_data, check_evaluation, check_guidance
+from diffusion_trainer.apps.checks import check_data, check_evaluation, check_guidance, check_pictures
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, check_sampling, parameter_shapes
 from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.ema_snapshots import EmaSnapshots, lengths
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training import checkpoints
+from diffusion_trainer.training.agreement import Agreement
+
+CHECKED = ("optimizer", "ema", "guidance", "callbacks", "logger")  # what is built once to see that it can be
 
 
 def show(overrides: Sequence[str]) -> str:
@@ -46,7 +50,9 @@ def processes_of(config: dict[str, Any], world: World | None) -> tuple[int, int]
 
 
 def main(overrides: Sequence[str]) -> int:
-    """The exit code: 0 done, 2 a mistake in the arguments, 130 or 143 stopped by a signal, 1 anything else."""
+    """The exit code: 0 done, 2 a mistake in the arguments, 130 or 143 stopped by a signal, 75 to be started
+    again (only where others started this process), 1 anything else.
+    """
     config = configuration.load("train", overrides, TrainConfig)
     folder, world = Path(config["folder"]), processes.current()
     count, size = processes_of(config, world)
@@ -58,13 +64,17 @@ def main(overrides: Sequence[str]) -> int:
             initial.write(folder, config["init_from"])
             announce(config, size, folder, given)
         if world is None:
-            code = processes.spawn(["-m", "diffusion_trainer.apps.start", str(folder)], count, folder / "logs", (lock,))
+            start = ["-m", "diffusion_trainer.apps.start", str(folder)]
+            while (code := processes.spawn(start, count, folder / "logs", (lock,))) == processes.ROLLED_BACK:
+                announce(config, size, folder, given)
         else:
             from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
 
             code = work(config, folder, world)
     if code == 0 and first:
         summarize(config, folder)
+    if code == processes.ROLLED_BACK and first:
+        print("Run the same command again to go on from the checkpoint before.", file=sys.stderr)
     if code == 1 and first and checkpoints.latest(folder / "checkpoints"):
         print("The newest checkpoint stands: run the same command again to resume from it.", file=sys.stderr)
     return code
@@ -76,8 +86,9 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
     """
     sizes(config, world)
     allowed = config["allowed_targets"]
-    for group in ("optimizer", "ema", "guidance", "callbacks", "logger"):
-        build(config[group], group, allowed)
+    built = {group: build(config[group], group, allowed) for group in CHECKED}
+    if any(isinstance(c, EmaSnapshots) for c in built["callbacks"].values()) and not lengths(built["ema"]):
+        raise UserError("ema_snapshots keeps averages that are power functions; train with ema=several or ema=power")
     if [*statistics.files(config["sampler"]), *statistics.files(config["variance"])]:
         raise UserError(
             "variance statistics are measured on a trained model: train with variance=beta_tilde and another sampler, "
@@ -91,19 +102,24 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
     for shape in data.image_shapes:
         check_network(config, shape)
     check_guidance(config, data.image_shape)
+    check_pictures(config)
     if checkpoints.latest(folder / "checkpoints") is not None:
         folders.check_order(folder, data.fingerprint)
     given = initial.check(Parts.of(config, device="meta").model(torch.float32), config, folder)
     evaluation = build(config["evaluation"], "evaluation", allowed)
     if evaluation is not None:
         check_evaluation(config, data, evaluation)
-    newest = checkpoints.latest(folder / "checkpoints")
-    if newest is not None:
-        checkpoint = checkpoints.Checkpoint(newest)
+    checkpoint = _newest(folder)
+    if checkpoint is not None:
         checkpoint.check_architecture(parameter_shapes(config))
         if checkpoint.images_seen - config["batch_size"] >= config["num_images"]:
             raise UserError(f"{folder} is at {checkpoint.images_seen:,} images already; num_images is less")
     return given
+
+
+def _newest(folder: Path) -> checkpoints.Checkpoint | None:
+    """What the run goes on from, unless a checksum says later that it is damaged."""
+    return checkpoints.resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
 
 
 def sizes(config: dict[str, Any], world: int) -> None:
@@ -122,8 +138,8 @@ def sizes(config: dict[str, Any], world: int) -> None:
 
 
 def announce(config: dict[str, Any], count: int, folder: Path, given: str) -> None:
-    newest = checkpoints.latest(folder / "checkpoints")
-    at = f", resuming from {newest.name}" if newest else ""
+    newest = _newest(folder)
+    at = f", resuming from {newest.folder.name}" if newest else ""
     million = sum(s.numel() for s in parameter_shapes(config).values()) / 1e6
     stage = config["strategy"].get("stage")
     how = f"ZeRO-{stage}" if stage else config["strategy"]["_target_"].rsplit(".", 1)[-1]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class CheckpointModel(WeakModel):
     """
 
     checkpoint: str
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"  # or raw, or the name of one of its averages
     allowed_targets: tuple[str, ...] = ()
 
     def denoiser(self, device: torch.device) -> Denoiser:

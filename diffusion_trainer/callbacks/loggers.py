@@ -125,3 +125,9 @@ def log_picture(logger: Logger, name: str, picture: Image, images_seen: int) -> 
         import wandb
 
         logger.log_metrics({"images_seen": images_seen, name: wandb.Image(picture)}, step=images_seen)
+
+
+def alert(logger: Logger, title: str, text: str) -> None:
+    """A message that Weights & Biases sends to those who follow the run; other loggers have none."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.alert(title=title, text=text, level="WARN")

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from diffusion_trainer.callbacks.loggers import alert
 from diffusion_trainer.evaluation.evaluation import Prepared
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.agreement import Agreement
@@ -30,8 +31,10 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)  # saved with each checkpoint
     stop_signal: int | None = None  # that this rank has received
     save: Callable[[], None] | None = None  # a checkpoint now: for all ranks at once
+    settle: Callable[[], None] = lambda: None  # waits until what was to be saved is on the disk
     stop: Callable[[], None] | None = None  # ends the training, saved, after this step: for all ranks at once
-    stopping: bool = False  # whether that has been called
+    stopping: bool = False  # whether the training ends after this step
+    rolled_back: bool = False  # it does because the run goes back to an earlier checkpoint
     aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training
 
     @property
@@ -46,6 +49,13 @@ class Run:
         """One line for the person who watches."""
         if self.first:
             print(text, flush=True)
+
+    def alert(self, title: str, text: str) -> None:
+        """What somebody should know who does not watch: a line here, and an alert where a logger has such."""
+        self.say(f"  WARNING: {text}")
+        if self.first:
+            for logger in self.trainer.loggers:
+                alert(logger, title, text)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """To every logger, at images seen. Rank 0 does it alone."""
@@ -71,6 +81,9 @@ class RunCallback(Callback):
 
     def after_step(self, previous: int) -> None:
         """After each optimizer step; `previous` images had been seen before it."""
+
+    def before_save(self) -> None:
+        """Before each checkpoint, on all ranks: what it keeps of this callback must be in the run's state."""
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         self.start()

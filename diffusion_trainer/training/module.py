@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from diffusion_trainer.conventions import UserError, seed_of
 from diffusion_trainer.objectives.base import LossTerms, Objective
-from diffusion_trainer.training.ema import EmaProfile, attach_ema
+from diffusion_trainer.training.ema import Ema, EmaProfile, attach_ema
 from diffusion_trainer.training.model import Model
+from diffusion_trainer.training.nonfinite import NonFinite
 from diffusion_trainer.training.optimizers import AdamW
 from diffusion_trainer.training.randomness import LaneDraws
 
@@ -43,7 +45,7 @@ class DiffusionModule(LightningModule):
         model: Model,
         objective: Objective,
         optimizer: AdamW,
-        ema: EmaProfile,
+        ema: Ema,
         progress: Progress,
         condition_dropout: float,
     ):
@@ -52,6 +54,7 @@ class DiffusionModule(LightningModule):
         self.progress, self.condition_dropout = progress, condition_dropout
         self.images_seen = 0
         self.last_terms: LossTerms | None = None  # of the last micro-batch, for callbacks
+        self.nonfinite: NonFinite | None = None
 
     def train(self, mode: bool = True) -> "DiffusionModule":
         """Modules whose parameters are all frozen stay in evaluation mode: they were trained with their dropout."""
@@ -97,5 +100,9 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer_choice.build(self.model)
-        attach_ema(optimizer, lambda: self.ema.decay(self.images_seen, self.progress.batch_size))
+        self.nonfinite = NonFinite(optimizer)
+        attach_ema(optimizer, {k: partial(self._decay, track) for k, track in self.ema.tracks.items()}, self.nonfinite)
         return optimizer
+
+    def _decay(self, track: EmaProfile) -> float:
+        return track.decay(self.images_seen, self.progress.batch_size)

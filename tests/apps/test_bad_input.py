@@ -37,7 +37,7 @@ def refused(workplace, monkeypatch):
         ("++trainer.max_stepz=3", "trainer.max_stepz: there is no such option"),
         ("+sede=3", "did you mean seed?"),
         ("schedule=cosin", "did you mean cosine?"),
-        ("strategy=zero4", "one of ddp, single, zero1, zero2, zero3"),
+        ("strategy=zero4", "one of ddp, single, zero1, zero2, zero2_offload, zero3"),
         ("sampler.num_step=3", "did you mean sampler.num_steps?"),
         ("num_steps=3", "did you mean sampler.num_steps?"),
         ("num_images=many", "num_images=many: input should be a valid integer"),

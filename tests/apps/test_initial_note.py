@@ -1,5 +1,6 @@
 """A run that goes on stands on the weights that it began with, or says that it cannot."""
 
+import json
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from diffusion_trainer.apps import initial
 from diffusion_trainer.apps.initial import FILE, checkpoint_in
 from diffusion_trainer.apps.parts import Parts
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.training.checkpoint_files import MANIFEST, read_back, sealed
 
 
 @pytest.fixture
@@ -63,6 +65,9 @@ def trained_anew(source, head):
     folder = checkpoint_in(source)
     tensors = {name: value + 1 for name, value in load_file(folder / "rank-00000.safetensors").items()}
     save_file(tensors, folder / "rank-00000.safetensors")
+    manifest = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items() if k != "crc32"}
+    manifest["files"] = {"rank-00000.safetensors": read_back(folder / "rank-00000.safetensors")._asdict()}
+    (folder / MANIFEST).write_text(sealed(manifest))
 
 
 @pytest.mark.parametrize("happened", [gone, trained_anew, lambda *_: shutil.rmtree("runs/source")])

@@ -1,14 +1,12 @@
 """A run that is killed and goes on, with other ranks and workers, reads the samples of one that never stopped."""
 
-import json
 import os
 import signal
-import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from conftest import SMALL, command, finish
+from ledgers import lines, tree, until
 
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
@@ -18,28 +16,6 @@ RUN = [
     "train", "experiment=digits", *SMALL, f"num_images={IMAGES}", "callbacks.evaluate=null",
     "callbacks.checkpoint.every_n_images=320", "allowed_targets=[spies]", "+callbacks.ledger._target_=spies.Ledger",
 ]  # fmt: skip
-
-
-def lines(run: Path) -> list[tuple[int, str]]:
-    """Of all ranks; a killed one may have left half a line."""
-    found = []
-    for path in sorted(run.glob("ledger-*.jsonl")):
-        for line in path.read_text().splitlines():
-            if line.endswith("]"):
-                found.append(tuple(json.loads(line)))
-    return found
-
-
-def tree(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(p for child in children for p in tree(int(child)))]
-
-
-def until(run: Path, images: int) -> None:
-    end = time.monotonic() + 200
-    while not any(number >= images for number, _ in lines(run)):
-        assert time.monotonic() < end, f"{run} never came to {images} images"
-        time.sleep(0.02)
 
 
 def test_killed_and_resumed_on_other_ranks_and_workers_it_reads_every_sample_of_the_order_once(workplace):
@@ -55,7 +31,7 @@ def test_killed_and_resumed_on_other_ranks_and_workers_it_reads_every_sample_of_
 
     # All processes of two ranks with two workers each are killed at once, somewhere after a checkpoint.
     process = command(*RUN, "strategy=ddp", "data.num_workers=2", cwd=workplace)
-    until(run, 700)
+    until(run, 700, process)
     for pid in tree(process.pid):
         os.kill(pid, signal.SIGKILL)
     finish(process)
@@ -64,7 +40,7 @@ def test_killed_and_resumed_on_other_ranks_and_workers_it_reads_every_sample_of_
 
     # One rank without workers is told to stop; then four ranks with one worker each go on to the end.
     process = command(*RUN, "strategy=single", "data.num_workers=0", cwd=workplace)
-    until(run, killed + 400)
+    until(run, killed + 400, process)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
     assert code == 128 + signal.SIGTERM, output

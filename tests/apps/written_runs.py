@@ -13,6 +13,7 @@ from diffusion_trainer.apps.parts import Parts, TrainConfig
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoints import Checkpoint, latest, save
 from diffusion_trainer.training.ema import KEY, attach_ema
+from diffusion_trainer.training.nonfinite import NonFinite
 from diffusion_trainer.training.sharding import Replicated
 
 
@@ -30,9 +31,9 @@ def write_run(folder, config, seed=1, ema=True, images=32):
     initial.write(folder, config["init_from"]) if config["init_from"] else None
     initial.apply(model, initial.read(folder), config["init_from"])
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01, fused=True)
     if ema:
-        attach_ema(optimizer, lambda: 0.5)
+        attach_ema(optimizer, {KEY: lambda: 0.5}, NonFinite(optimizer))
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.randn(p.shape, generator=generator)

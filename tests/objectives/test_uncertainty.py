@@ -18,6 +18,7 @@ from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, save
 from diffusion_trainer.training.ema import KEY, attach_ema
 from diffusion_trainer.training.model import Model
+from diffusion_trainer.training.nonfinite import NonFinite
 from diffusion_trainer.training.randomness import LaneDraws
 from diffusion_trainer.training.sharding import Replicated
 
@@ -128,8 +129,8 @@ def test_optimizer_average_and_checkpoint_have_it(tmp_path):
     (name,) = [n for n, p in model.named_parameters() if p is objective.uncertainty.linear.weight]
     assert name.startswith("learned.")
     assert objective.uncertainty.linear.weight.requires_grad
-    optimizer = torch.optim.Adam(model.parameters(), 0.1)
-    attach_ema(optimizer, lambda: 0.5)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=True)
+    attach_ema(optimizer, {KEY: lambda: 0.5}, NonFinite(optimizer))
     loss = objective(lambda x, *_: net(x), torch.randn(8, 1, 4, 4), None, draws(8)).loss.mean()
     loss.backward()
     optimizer.step()

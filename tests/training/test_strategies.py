@@ -1,39 +1,11 @@
-"""Real runs on real processes: every strategy computes the same numbers, and its EMA is the closed form."""
+"""Real runs on real processes: every strategy computes the same numbers, and its averages are the closed form."""
 
 import pytest
 import torch
-from conftest import SMALL, command, finish
+from conftest import command, finish
+from spied_runs import SPY, bitwise, largest, spied
 
-SPY = [
-    "experiment=digits", "allowed_targets=[spies]", "+callbacks.spy._target_=spies.Spy", "callbacks.evaluate=null",
-    "num_images=128", "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.lr_schedule.warmup_images=0",
-    "ema.half_life_images=64", "ema.ramp_up_ratio=0.5", *SMALL,
-]  # fmt: skip
 pytestmark = pytest.mark.slow
-
-
-def spied(folder, name, *overrides, started=0):
-    """The report of a spied run in <folder>/runs/<name>."""
-    code, output = finish(command("train", *SPY, f"name={name}", *overrides, cwd=folder))
-    assert code == 0, output
-    return torch.load(folder / "runs" / name / f"spy-{started}.pt", weights_only=True)
-
-
-def largest(a, b, what):
-    return max(float((a[what][n] - b[what][n]).abs().max()) for n in a[what])
-
-
-def bitwise(a, b):
-    return all(torch.equal(a[what][n], b[what][n]) for what in ("weights", "ema", "moments") for n in a[what])
-
-
-@pytest.fixture(scope="module")
-def folder(digits, tmp_path_factory):
-    """One folder for the runs that are compared with each other."""
-    path = tmp_path_factory.mktemp("strategies")
-    (path / "shards").mkdir()
-    (path / "shards" / "digits").symlink_to(digits)
-    return path
 
 
 @pytest.fixture(scope="module")

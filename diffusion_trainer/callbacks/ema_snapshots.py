@@ -1,0 +1,51 @@
+"""Averages kept for later: from them `diffusion-trainer ema` makes averages of other lengths."""
+
+from collections.abc import Mapping
+
+from diffusion_trainer.callbacks.run import RunCallback, crossed
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.ema import Ema, PowerFunction
+from diffusion_trainer.training.saving import Saver
+
+FOLDER = "ema_snapshots"  # of a run
+KEY = "ema"  # in the state of a snapshot: the relative_std of each of its averages
+SAVE_TIMEOUT_SECONDS = 3600
+
+
+def lengths(ema: Ema) -> Mapping[str, float]:
+    """The relative_std of each average that is a power function: only those can be put together."""
+    return {key: track.relative_std for key, track in ema.tracks.items() if isinstance(track, PowerFunction)}
+
+
+class EmaSnapshots(RunCallback):
+    """<run>/ema_snapshots/images-<n> every `every_n_images` and at the end: 4 bytes a parameter for each average that
+    is a power function (`ema=several` has two), written while training goes on.
+    """
+
+    def __init__(self, every_n_images: int):
+        if every_n_images < 1:
+            raise ValueError(f"every_n_images must be positive, not {every_n_images}")
+        self.every_n_images = every_n_images
+
+    def start(self) -> None:
+        run, self._lengths = self.run, lengths(self.run.module.ema)
+        agreement = Agreement(SAVE_TIMEOUT_SECONDS)
+        self._saver = Saver(run.folder / FOLDER, run.sharding, agreement, 1 << 30, self._lengths.__contains__)
+
+    def after_step(self, previous: int) -> None:
+        run = self.run
+        done = run.images_seen >= run.module.progress.num_images
+        if (done or crossed(previous, run.images_seen, self.every_n_images)) and not run.stopping:
+            self._settle()
+            with run.aside():
+                self._saver.begin(run.images_seen, {KEY: self._lengths})
+
+    def _settle(self) -> None:
+        try:
+            with self.run.aside():
+                self._saver.wait()
+        except OSError as error:
+            self.run.say(f"  WARNING: {error}")
+
+    def on_train_end(self, trainer, module) -> None:
+        self._settle()

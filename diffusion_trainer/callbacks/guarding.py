@@ -1,0 +1,138 @@
+"""Steps that were not taken, a loss that has left its course, and the way back to the last good checkpoint."""
+
+from collections import deque
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.training.rollbacks import Rollback, Rollbacks, before, go_back_to
+from diffusion_trainer.training.saving import order_of
+
+KEY = "guard"  # in the run's state
+TO_DEVIATION = 1.4826  # of a normal law over its median absolute deviation
+
+
+class Guarding(RunCallback):
+    """Counts steps that were not taken because a gradient was not finite, and watches the loss.
+
+    After `skipped_in_a_row` of them, or when the median loss of the last `recent` steps is more than `spike` robust
+    standard deviations above that of the `history` steps before these, the run goes back to its newest checkpoint from
+    before they began, and goes on from there with the data that comes after them: at most `rollbacks` times.
+
+    A step's numbers are read while the next one is computed, so that no device is waited for.
+    """
+
+    def __init__(
+        self,
+        skipped_in_a_row: int = 8,
+        spike: float = 8.0,
+        recent: int = 32,
+        history: int = 512,
+        rollbacks: int = 3,
+    ):
+        if min(skipped_in_a_row, recent, history) < 1 or rollbacks < 0 or not spike > 0:
+            raise ValueError("skipped_in_a_row, recent, history and spike must be positive, rollbacks not negative")
+        self.skipped_in_a_row, self.spike, self.rollbacks = skipped_in_a_row, spike, rollbacks
+        self.recent, self.history = recent, history
+
+    def start(self) -> None:
+        self._loss, self._later = torch.zeros(()), Later()
+        kept = self.run.state.get(KEY, {"losses": [], "skipped": 0, "in_a_row": 0})
+        self._losses = deque(kept["losses"], maxlen=self.history + self.recent)  # of steps that were taken
+        self._skipped, self._in_a_row = kept["skipped"], kept["in_a_row"]
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
+        share = module.last_terms.loss.mean() / trainer.accumulate_grad_batches
+        self._loss = self._loss.to(share.device) + share
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def after_step(self, previous: int) -> None:
+        run = self.run
+        kept = torch.as_tensor(run.module.nonfinite.kept, device=self._loss.device)
+        numbers = torch.stack([self._loss, kept * (not run.sharding.skipped)])
+        self._loss = torch.zeros_like(self._loss)
+        if (earlier := self._later.exchange(previous, numbers)) is not None:
+            self._judge(*earlier)
+
+    def before_save(self) -> None:
+        self._settle()
+        state = {"losses": list(self._losses), "skipped": self._skipped, "in_a_row": self._in_a_row}
+        self.run.state[KEY] = state
+
+    def on_train_end(self, trainer, module) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        if (last := self._later.exchange(0, None)) is not None:
+            self._judge(*last)
+
+    def _judge(self, at: int, numbers: list[float]) -> None:
+        """Of the step that began when `at` images had been seen. All ranks come to the same judgement."""
+        loss, kept = self.run.agreement.mean(numbers)
+        if kept == 1:
+            self._in_a_row = 0
+            self._losses.append(loss)
+            self._check_loss(at)
+            return
+        self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
+        self.run.log({"train/skipped_steps": self._skipped})
+        self.run.alert("step not taken", f"the gradient at {at:,} images was not finite: that step was not taken")
+        if self._in_a_row == self.skipped_in_a_row:
+            self._go_back(at, self._in_a_row, f"{self._in_a_row} steps in a row had gradients that are not finite")
+
+    def _check_loss(self, at: int) -> None:
+        if len(self._losses) < self.history + self.recent:
+            return
+        losses = list(self._losses)
+        past, now = losses[: self.history], median(losses[self.history :])
+        usual = median(past)
+        deviation = TO_DEVIATION * median(abs(loss - usual) for loss in past)
+        if now > usual + self.spike * deviation:
+            reason = f"the loss was {now:.4g} in the last {self.recent} steps, {usual:.4g} in the {self.history} before"
+            self._go_back(at, self.recent, reason)
+
+    def _go_back(self, at: int, steps: int, reason: str) -> None:
+        """To before the `steps` that ended with the one that began at `at` images seen."""
+        run, batch = self.run, self.run.module.progress.batch_size
+        began = at - (steps - 1) * batch
+        run.settle()  # a checkpoint may be on its way to the disk
+        known = Rollbacks(run.folder)
+        found, rollbacks = run.agreement.gather((before(run.folder, began), len(known.all)))[0]
+        where = f"At {run.images_seen:,} images {reason}"
+        if found is None or rollbacks >= self.rollbacks:
+            why = f"{rollbacks} rollbacks were of no use" if found else "there is no checkpoint from before"
+            raise UserError(
+                f"{where}, and {why}. Lower optimizer.lr, warm up longer (optimizer.lr_schedule.warmup_images) or clip "
+                "gradients (trainer.gradient_clip_norm=1.0); checkpoints and logs stand"
+            )
+        images, _ = order_of(found)
+        if run.first:  # in this order: a crash between the two only makes it see the same data again
+            go_back_to(found)
+            known.add(Rollback(images, run.images_seen - images, reason))
+        run.alert("rollback", f"{where}: going back to {images:,}, and on with the data after these")
+        run.stopping = run.rolled_back = run.trainer.should_stop = True
+
+
+class Later:
+    """Numbers on a device, read when the next ones are there."""
+
+    def __init__(self):
+        self._kept: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def exchange(self, at: int, numbers: Tensor | None) -> tuple[int, list[float]] | None:
+        """Keeps (at, numbers); returns the ones before, None at first."""
+        before, self._kept = self._kept, None
+        if numbers is not None:
+            event = torch.cuda.Event() if numbers.is_cuda else None
+            self._kept = at, numbers.to("cpu", non_blocking=True), event
+            if event:
+                event.record()
+        if before is None:
+            return None
+        then, copied, done = before
+        if done:
+            done.synchronize()
+        return then, copied.tolist()

@@ -1,0 +1,27 @@
+"""Steps whose gradient is not finite are not taken, and nobody waits for the device to know."""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class NonFinite:
+    """Makes a fused optimizer of torch skip steps in which a gradient holds NaN or infinity: weights, moments and step
+    counters stay as they are.
+
+    Gradients must have been reduced over the ranks, so that all see the same. (ZeRO skips such steps by itself, at
+    the norm that it has reduced, and then does not call the optimizer.) torch looks for `found_inf` on the device;
+    that is what its GradScaler uses.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        self.kept: Tensor | float = 1.0  # 0 or 1, on the device: whether the step that is being taken is kept
+        optimizer.register_step_pre_hook(self._look)
+
+    @torch.no_grad()
+    def _look(self, optimizer: Optimizer, args, kwargs) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.kept = norm.isfinite().float()
+            optimizer.found_inf = 1 - self.kept

@@ -1,0 +1,152 @@
+"""When the guard counts, when it goes back and how far, and when it lets be."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_trainer.callbacks.guarding import KEY, Guarding
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.rollbacks import Rollback, Rollbacks
+from diffusion_trainer.training.saving import folders
+
+BATCH = 32
+NAN = float("nan")
+
+
+class FakeRun(SimpleNamespace):
+    """A run of one rank whose losses come from the test."""
+
+    def __init__(self, folder, state, seen):
+        module = SimpleNamespace(
+            last_terms=None,
+            nonfinite=SimpleNamespace(kept=1.0),
+            progress=SimpleNamespace(batch_size=BATCH),
+            images_seen=seen,
+        )
+        super().__init__(
+            folder=folder,
+            module=module,
+            agreement=Agreement(),
+            sharding=SimpleNamespace(skipped=False),
+            trainer=SimpleNamespace(accumulate_grad_batches=1, should_stop=False),
+            state=state or {},
+            first=True,
+            stopping=False,
+            rolled_back=False,
+            logged=[],
+            alerts=[],
+        )
+
+    @property
+    def images_seen(self):
+        return self.module.images_seen
+
+    def settle(self):
+        return None
+
+    def log(self, metrics):
+        self.logged.append((self.images_seen, metrics))
+
+    def alert(self, title, text):
+        self.alerts.append((title, text))
+
+
+def guarded(folder, guard, losses, checkpoints=(), state=None, seen=0):
+    """The run after these losses, of which NaN is a step that was not taken, or until it goes back."""
+    for images in checkpoints:
+        path = folder / "checkpoints" / f"images-{images:012d}"
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text("{}")
+    run = guard.run = FakeRun(folder, state, seen)
+    guard.start()
+    for i, loss in enumerate(losses):
+        run.module.nonfinite.kept = torch.tensor(float(np.isfinite(loss)))
+        run.module.last_terms = SimpleNamespace(loss=torch.full((4,), float(loss)))
+        run.module.images_seen += BATCH
+        guard.on_train_batch_end(run.trainer, run.module, None, {}, i)
+        if run.stopping:
+            return run
+    guard.before_save()
+    return run
+
+
+def test_single_steps_that_were_not_taken_are_counted_and_told(tmp_path):
+    run = guarded(tmp_path, Guarding(skipped_in_a_row=3), [1, NAN, 1, NAN, NAN, 1])
+    assert [metrics for _, metrics in run.logged] == [{"train/skipped_steps": n} for n in (1, 2, 3)]
+    assert len(run.alerts) == 3
+    assert "at 32 images" in run.alerts[0][1]
+    assert not run.stopping
+    assert run.state[KEY] == {"losses": [1, 1, 1], "skipped": 3, "in_a_row": 0}
+
+
+def test_so_many_in_a_row_lead_back_to_the_newest_checkpoint_before_them(tmp_path):
+    """Three steps from 5 x 32 images on; the checkpoint of 6 x 32 was made among them. It is noticed a step late."""
+    checkpoints = [2 * BATCH, 5 * BATCH, 6 * BATCH]
+    run = guarded(tmp_path, Guarding(skipped_in_a_row=3), [1] * 5 + [NAN] * 4, checkpoints)
+    assert run.rolled_back
+    assert run.trainer.should_stop
+    assert [p.name for p in folders(tmp_path / "checkpoints")] == ["images-000000000064", "images-000000000160"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000000000160"
+    assert (tmp_path / "checkpoints" / "aside-images-000000000192").is_dir()
+    (entry,) = json.loads((tmp_path / "rollbacks.json").read_text())
+    assert entry == {
+        "images_seen": 160, "left_out": 4 * BATCH, "reason": "3 steps in a row had gradients that are not finite",
+    }  # fmt: skip
+
+
+def test_without_a_checkpoint_or_after_the_last_rollback_it_stops_and_says_what_to_do(tmp_path):
+    with pytest.raises(
+        UserError, match=r"At 96 images 2 steps in a row .* no checkpoint from before. Lower optimizer.lr"
+    ):
+        guarded(tmp_path, Guarding(skipped_in_a_row=2), [NAN] * 5)
+    Rollbacks(tmp_path).add(Rollback(0, 64, "once"))
+    with pytest.raises(UserError, match="1 rollbacks were of no use"):
+        guarded(tmp_path, Guarding(skipped_in_a_row=2, rollbacks=1), [1, NAN, NAN, 1], [BATCH])
+
+
+def test_a_row_goes_on_over_a_restart(tmp_path):
+    first = guarded(tmp_path / "a", Guarding(skipped_in_a_row=4), [1, NAN, NAN])
+    state = json.loads(json.dumps(first.state))
+    again = guarded(tmp_path / "b", Guarding(skipped_in_a_row=4), [NAN, NAN, 1], [0], state, first.images_seen)
+    assert again.rolled_back
+
+
+def test_noise_of_any_size_and_a_falling_loss_are_no_spike(tmp_path):
+    noise = np.random.default_rng(0)
+    course = np.exp(-np.arange(6000) / 1500) + 0.1
+    losses = course * noise.lognormal(0, 0.3, 6000)
+    losses[noise.integers(0, 6000, 60)] *= 50  # single steps
+    run = guarded(tmp_path, Guarding(), losses, [0])
+    assert not run.stopping
+
+
+@pytest.mark.parametrize("factor", [1.5, 3.0, 100.0])
+def test_a_loss_that_rises_and_stays_is_one(tmp_path, factor):
+    noise = np.random.default_rng(1)
+    losses = 0.1 * noise.lognormal(0, 0.05, 1400)
+    losses[1000:] *= factor
+    checkpoints = [BATCH * n for n in (500, 980, 1010)]
+    run = guarded(tmp_path, Guarding(), losses, checkpoints)
+    assert run.rolled_back
+    assert Rollbacks(tmp_path).all[0].images_seen == 980 * BATCH
+    assert run.images_seen <= (1000 + 32) * BATCH  # when most of the recent steps are of that kind
+
+
+def test_what_was_left_out_counts_from_the_checkpoint_on_that_was_gone_back_to(tmp_path):
+    known = Rollbacks(tmp_path)
+    known.add(Rollback(64, 320, "a"))
+    known.add(Rollback(256, 96, "b"))
+    again = Rollbacks(tmp_path)
+    assert [again.left_out(n) for n in (32, 64, 224, 256, 10**6)] == [0, 320, 320, 416, 416]
+    again.forget_after(128)
+    assert [r.reason for r in Rollbacks(tmp_path).all] == ["a"]
+
+
+@pytest.mark.parametrize("wrong", [{"skipped_in_a_row": 0}, {"spike": 0.0}, {"spike": NAN}, {"rollbacks": -1}])
+def test_settings_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="must be positive"):
+        Guarding(**wrong)

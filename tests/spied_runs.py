@@ -1,0 +1,27 @@
+"""Runs of the console command that write down what they computed (spies.Spy)."""
+
+import torch
+from conftest import SMALL, command, finish
+
+SPY = [
+    "experiment=digits", "allowed_targets=[spies]", "+callbacks.spy._target_=spies.Spy", "callbacks.evaluate=null",
+    "num_images=128", "optimizer.lr=0.01", "optimizer.weight_decay=0.1", "optimizer.lr_schedule.warmup_images=0",
+    "ema=several", "ema.main=half_life", *SMALL,
+    "+ema.profiles.half_life._target_=diffusion_trainer.training.ema.HalfLife",
+    "+ema.profiles.half_life.half_life_images=64", "+ema.profiles.half_life.ramp_up_ratio=0.5",
+]  # fmt: skip
+
+
+def spied(folder, name, *overrides, started=0):
+    """The report of a spied run in <folder>/runs/<name>."""
+    code, output = finish(command("train", *SPY, f"name={name}", *overrides, cwd=folder))
+    assert code == 0, output
+    return torch.load(folder / "runs" / name / f"spy-{started}.pt", weights_only=True)
+
+
+def largest(a, b, what):
+    return max(float((a[what][n] - b[what][n]).abs().max()) for n in a[what])
+
+
+def bitwise(a, b):
+    return all(torch.equal(a[what][n], b[what][n]) for what in ("weights", "ema", "moments") for n in a[what])
