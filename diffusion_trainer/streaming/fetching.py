@@ -56,7 +56,7 @@ class Part:
     def crc32(self) -> int | None:
         """Of its bytes, where the index has it."""
         if self.suffix:
-            return self.shard.checksums if self.suffix == CHECKSUMS else None
+            return {OFFSETS: self.shard.offsets, CHECKSUMS: self.shard.checksums}.get(self.suffix)
         return self.shard.crc32 if self.first is None else None
 
     @property

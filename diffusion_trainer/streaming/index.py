@@ -40,7 +40,12 @@ class Shard:
     samples: int
     size: int  # bytes of the tar
     crc32: int  # of the whole tar
-    checksums: int | None = None  # CRC-32 of the .crc file: it says which bytes the samples had; None: not known
+    offsets: int | None = None  # CRC-32 of the .idx file: where the samples are; None: not known
+    checksums: int | None = None  # CRC-32 of the .crc file: which bytes they had
+
+    def fits(self, suffix: str, data: bytes) -> bool:
+        """Whether the bytes of the sidecar are those that belong to this index, as far as that is known."""
+        return {OFFSETS: self.offsets, CHECKSUMS: self.checksums}.get(suffix) in (None, isal_zlib.crc32(data))
 
 
 class Scan(NamedTuple):
@@ -58,7 +63,8 @@ class Scan(NamedTuple):
         return {OFFSETS: self.offsets.tobytes(), CHECKSUMS: self.checksums.tobytes()}
 
     def shard(self, url: str) -> Shard:
-        return Shard(url, len(self.checksums), self.size, self.crc32, isal_zlib.crc32(self.checksums.tobytes()))
+        own = (isal_zlib.crc32(data) for data in self.sidecars().values())
+        return Shard(url, len(self.checksums), self.size, self.crc32, *own)
 
 
 class _File:
@@ -174,15 +180,16 @@ def serialized(shards: Iterable[Shard]) -> bytes:
 
 def entry_of(shard: Shard) -> dict[str, Any]:
     entry = {"url": shard.url, "nsamples": shard.samples, "filesize": shard.size, "crc32": shard.crc32}
-    return entry if shard.checksums is None else {**entry, "checksums": shard.checksums}
+    known = {"offsets": shard.offsets, "checksums": shard.checksums}
+    return entry | {key: crc32 for key, crc32 in known.items() if crc32 is not None}
 
 
 def shard_of(entry: Mapping[str, Any]) -> Shard:
     """KeyError, TypeError or ValueError for what is no entry: who wrote it may be a stranger."""
     name, size = _name(entry["url"]), _whole(entry, "filesize", MAX_SHARD)
     samples = _whole(entry, "nsamples", size // BLOCK)  # each has a header at least
-    checksums = _whole(entry, "checksums", MAX_CRC32) if entry.get("checksums") is not None else None
-    return Shard(name, samples, size, _whole(entry, "crc32", MAX_CRC32), checksums)
+    own = (_whole(entry, k, MAX_CRC32) if entry.get(k) is not None else None for k in ("offsets", "checksums"))
+    return Shard(name, samples, size, _whole(entry, "crc32", MAX_CRC32), *own)
 
 
 def _whole(entry: Mapping[str, Any], key: str, most: int) -> int:
@@ -208,13 +215,7 @@ def parse_index(data: bytes, where: str) -> list[Shard]:
     try:
         listed = json.loads(data)["shardlist"]
         return [shard_of(entry) for entry in listed]
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # the last: thousands of brackets
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # last: thousands of brackets
         raise UserError(
             f"{where} is no index of shards ({type(error).__name__}: {error}); make it anew: diffusion-trainer index "
             "<shards> again=true"

@@ -130,6 +130,8 @@ def _tables(shard: Shard) -> tuple[list[int], list[int]]:
     offsets, checksums = store.sidecar(shard, OFFSETS), store.sidecar(shard, CHECKSUMS)
     if len(offsets) != 8 * (shard.samples + 1) or len(checksums) != 4 * shard.samples:
         raise UserError(f"{OFFSETS} or {CHECKSUMS} beside it is not of {shard.samples} samples, as its index says")
+    if not shard.fits(OFFSETS, offsets) or not shard.fits(CHECKSUMS, checksums):
+        raise UserError(f"{OFFSETS} or {CHECKSUMS} beside it is not the one that its index was written with")
     places = np.frombuffer(offsets, "<u8")
     if (places[1:] < places[:-1]).any() or places[-1] > shard.size:
         raise UserError(f"{OFFSETS} beside it names bytes that it does not have")

@@ -180,6 +180,7 @@ MISTAKES = {
     "offsets cut within one": resize(".idx", -3),
     "checksums of one sample less": resize(".crc", -4),
     "checksums cut within one": resize(".crc", -1),
+    "a bit of the offsets": sidecar(".idx", 8 * 6),
     "a bit of the checksums": sidecar(".crc", 4 * 6),
 }
 

@@ -232,6 +232,7 @@ LIES = {
     "nsamples": [-5, 5, 10**18, 10**25, True, 1.0, 2.5, "2", None, float("inf"), float("nan")],  # five have no room
     "filesize": [-1, 0, 10**25, float("inf"), float("nan"), "2048", None],
     "crc32": [-1, 1 << 32, "abc", float("inf"), None],
+    "offsets": [-1, 1 << 32, "abc", float("inf"), False],
     "checksums": [-1, 1 << 32, "abc", float("inf"), False],
     "url": [None, 5, "", ".", "..", "x\0.tar", "../x.tar", "/x.tar", "a/x.tar", ["x.tar"]],
 }
@@ -239,8 +240,8 @@ LIES = {
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in LIES.items() for value in values])
 def test_an_index_that_lies_is_refused_with_the_command(key, value):
-    entry = {"url": "x.tar", "nsamples": 2, "filesize": 2048, "crc32": 7, "checksums": 8}
-    assert parse_index(json.dumps({"shardlist": [entry]}).encode(), "here") == [Shard("x.tar", 2, 2048, 7, 8)]
+    entry = {"url": "x.tar", "nsamples": 2, "filesize": 2048, "crc32": 7, "offsets": 9, "checksums": 8}
+    assert parse_index(json.dumps({"shardlist": [entry]}).encode(), "here") == [Shard("x.tar", 2, 2048, 7, 9, 8)]
     with pytest.raises(UserError, match=r"here is no index of shards .*diffusion-trainer index"):
         parse_index(json.dumps({"shardlist": [entry | {key: value}]}).encode(), "here")
 

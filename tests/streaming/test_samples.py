@@ -1,6 +1,7 @@
 """A sample is read at once, and is what was indexed or damaged."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -133,7 +134,21 @@ def test_a_sidecar_that_speaks_of_bytes_beyond_the_shard_is_an_error(folder):
 
 
 @pytest.mark.parametrize("bit", range(0, 64, 7))
-def test_a_bit_in_the_offsets_is_damage_and_nothing_else(folder, bit):
+def test_a_bit_in_the_offsets_is_an_error(folder, bit):
+    path = folder / "x-000.tar.idx"
+    offsets = np.frombuffer(path.read_bytes(), "<u8").copy()
+    offsets[1] ^= np.uint64(1) << np.uint64(bit)
+    path.write_bytes(offsets.tobytes())
+    with pytest.raises(UserError, match=r"x-000\.tar.*diffusion-trainer index"):
+        opened(folder).read(0, 0)
+
+
+@pytest.mark.parametrize("bit", range(0, 64, 7))
+def test_a_bit_in_the_offsets_of_an_index_without_their_checksum_is_damage_and_nothing_else(folder, bit):
+    index = json.loads((folder / "index.json").read_text())
+    for entry in index["shardlist"]:
+        del entry["offsets"]
+    (folder / "index.json").write_text(json.dumps(index))
     path = folder / "x-000.tar.idx"
     offsets = np.frombuffer(path.read_bytes(), "<u8").copy()
     offsets[1] ^= np.uint64(1) << np.uint64(bit)
