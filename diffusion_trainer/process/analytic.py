@@ -30,7 +30,7 @@ class Statistics(NamedTuple):
     log_snr: Tensor  # (K,) float64
     error: Tensor  # (K, C, H, W) float64, entry by entry
     about: dict  # which model: checkpoint, weights, ...
-    decoding: Tensor | None = None  # (K,) float64, nats per dimension: what 8-bit pixels cost; older files have none
+    decoding: Tensor | None = None  # (K,) float64, nats per dimension: what the data then cost; older files have none
 
     def at(self, log_snr: Tensor, diagonal: bool) -> Tensor:
         """(N,), or (N, C, H, W) entry by entry, at log-SNRs (N,).
