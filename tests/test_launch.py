@@ -1,4 +1,4 @@
-"""The sbatch script, with stand-ins for SLURM's commands (a run on a real SLURM is a later layer's test)."""
+"""The sbatch script, with stand-ins for SLURM's commands (tests/slurm runs it on a real one)."""
 
 import os
 import subprocess
