@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import initial, statistics
@@ -110,6 +109,7 @@ def provenance_of(config: Mapping[str, Any], checkpoint: Checkpoint, seed: int, 
         "images_seen": checkpoint.images_seen,
         "seed": seed,
         **{name: config[name] for name in ("weights", *groups, "precision")},
+        **statistics.digest_of(config["weights"]),
     }
 
 
@@ -145,13 +145,19 @@ def _check_weights(checkpoint: Checkpoint, parts: Parts, model: Model, weights: 
 
 
 def _from_file(path: str, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """What `export` or `ema` has written; UserError if it does not hold the parameters of the checkpoint."""
+    """What `export` or `ema` has written; UserError if it does not hold this run's parameters."""
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            written = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights={path} cannot be read ({error})") from error
-    checkpoint.check_architecture({name: tensor.shape for name, tensor in tensors.items()})
-    return {name: tensor.float() for name, tensor in tensors.items()}
+    ours = str(configuration.read(run_of(checkpoint.folder) / "config.yaml")["name"])
+    if written.get("run") != ours or {n: t.shape for n, t in tensors.items()} != checkpoint.shapes:
+        raise UserError(
+            f"weights={path} is of run {written.get('run')}, the checkpoint of {ours}; use a file of its own"
+        )
+    return tensors
 
 
 def kind_of(weights: str) -> str | None:

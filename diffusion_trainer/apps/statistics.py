@@ -18,14 +18,21 @@ BOUND = "x_0_bound"  # estimates were clipped to it
 
 
 def path_of(checkpoint: Path, weights: str) -> Path:
-    name = Path(weights).stem if weights.endswith(".safetensors") else weights
+    name = f"file-{Path(weights).stem}" if weights.endswith(".safetensors") else weights
     return run_of(checkpoint) / "variances" / f"{checkpoint.name}-{name}.safetensors"
 
 
 def about(checkpoint: Path, weights: str) -> dict[str, str]:
     """What tells a model from others: a digest of its checkpoint's manifest, and which of its weights."""
     digest = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
-    return {"checkpoint": checkpoint.name, "manifest": digest, "weights": weights}
+    return {"checkpoint": checkpoint.name, "manifest": digest, "weights": weights, **digest_of(weights)}
+
+
+def digest_of(weights: str) -> dict[str, str]:
+    """Of the file, where `weights` names one: another may be written under its name."""
+    if not weights.endswith(".safetensors") or not Path(weights).is_file():
+        return {}
+    return {"weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
 
 
 def write(path: Path, statistics: analytic.Statistics) -> None:

@@ -1,11 +1,11 @@
 """Averages kept for later: from them `diffusion-trainer ema` makes averages of other lengths."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from diffusion_trainer.callbacks.run import RunCallback, crossed
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.ema import Ema, PowerFunction
-from diffusion_trainer.training.saving import Saver
+from diffusion_trainer.training.saving import Saver, folders, order_of
 
 FOLDER = "ema_snapshots"  # of a run
 KEY = "ema"  # in the state of a snapshot: the relative_std of each of its averages
@@ -31,14 +31,23 @@ class EmaSnapshots(RunCallback):
         run, self._lengths = self.run, lengths(self.run.module.ema)
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
         self._saver = Saver(run.folder / FOLDER, run.sharding, agreement, 1 << 30, self._lengths.__contains__)
+        there = [order_of(path)[0] for path in folders(run.folder / FOLDER)]
+        if any(run.agreement.gather(self._due(run.images_seen - run.module.progress.batch_size, there))):
+            self._begin()  # the one of this checkpoint was lost with what came after it
 
     def after_step(self, previous: int) -> None:
-        run = self.run
-        done = run.images_seen >= run.module.progress.num_images
-        if (done or crossed(previous, run.images_seen, self.every_n_images)) and not run.stopping:
-            self._settle()
-            with run.aside():
-                self._saver.begin(run.images_seen, {KEY: self._lengths})
+        if self._due(previous, ()) and not self.run.rolled_back:
+            self._begin()
+
+    def _due(self, previous: int, there: Collection[int]) -> bool:
+        seen = self.run.images_seen
+        done = seen >= self.run.module.progress.num_images
+        return seen > 0 and seen not in there and (done or crossed(previous, seen, self.every_n_images))
+
+    def _begin(self) -> None:
+        self._settle()
+        with self.run.aside():
+            self._saver.begin(self.run.images_seen, {KEY: self._lengths})
 
     def _settle(self) -> None:
         try:

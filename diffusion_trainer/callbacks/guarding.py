@@ -1,17 +1,20 @@
 """Steps that were not taken, a loss that has left its course, and the way back to the last good checkpoint."""
 
 from collections import deque
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
+from diffusion_trainer.callbacks.ema_snapshots import FOLDER as SNAPSHOTS
 from diffusion_trainer.callbacks.run import RunCallback
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.training.rollbacks import Rollback, Rollbacks, before, go_back_to
+from diffusion_trainer.training.rollbacks import Rollbacks, before, go_back_to, set_aside_after
 from diffusion_trainer.training.saving import order_of
 
 KEY = "guard"  # in the run's state
+CHECKPOINTS = "checkpoints"  # folder of a run
 TO_DEVIATION = 1.4826  # of a normal law over its median absolute deviation
 
 
@@ -43,6 +46,8 @@ class Guarding(RunCallback):
         kept = self.run.state.get(KEY, {"losses": [], "skipped": 0, "in_a_row": 0})
         self._losses = deque(kept["losses"], maxlen=self.history + self.recent)  # of steps that were taken
         self._skipped, self._in_a_row = kept["skipped"], kept["in_a_row"]
+        if gone_back := len(Rollbacks(self.run.folder).all):
+            self.run.log({"train/rollbacks": gone_back})
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
         share = module.last_terms.loss.mean() / trainer.accumulate_grad_batches
@@ -71,6 +76,8 @@ class Guarding(RunCallback):
 
     def _judge(self, at: int, numbers: list[float]) -> None:
         """Of the step that began when `at` images had been seen. All ranks come to the same judgement."""
+        if self.run.rolled_back:
+            return  # one step was on its way when that was decided
         loss, kept = self.run.agreement.mean(numbers)
         if kept == 1:
             self._in_a_row = 0
@@ -80,8 +87,8 @@ class Guarding(RunCallback):
         self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
         self.run.log({"train/skipped_steps": self._skipped})
         self.run.alert("step not taken", f"the gradient at {at:,} images was not finite: that step was not taken")
-        if self._in_a_row == self.skipped_in_a_row:
-            self._go_back(at, self._in_a_row, f"{self._in_a_row} steps in a row had gradients that are not finite")
+        if self._in_a_row >= self.skipped_in_a_row:  # none of them has changed a weight: any checkpoint will do
+            self._go_back(at, f"{self._in_a_row} steps in a row had gradients that are not finite")
 
     def _check_loss(self, at: int) -> None:
         if len(self._losses) < self.history + self.recent:
@@ -92,28 +99,37 @@ class Guarding(RunCallback):
         deviation = TO_DEVIATION * median(abs(loss - usual) for loss in past)
         if now > usual + self.spike * deviation:
             reason = f"the loss was {now:.4g} in the last {self.recent} steps, {usual:.4g} in the {self.history} before"
-            self._go_back(at, self.recent, reason)
+            self._go_back(at - (self.recent - 1) * self.run.module.progress.batch_size, reason)
 
-    def _go_back(self, at: int, steps: int, reason: str) -> None:
-        """To before the `steps` that ended with the one that began at `at` images seen."""
-        run, batch = self.run, self.run.module.progress.batch_size
-        began = at - (steps - 1) * batch
+    def _go_back(self, began: int, reason: str) -> None:
+        """To the newest whole checkpoint of at most `began` images. All ranks must call it."""
+        run, known = self.run, Rollbacks(self.run.folder)
         run.settle()  # a checkpoint may be on its way to the disk
-        known = Rollbacks(run.folder)
-        found, rollbacks = run.agreement.gather((before(run.folder, began), len(known.all)))[0]
+        mine = (before(run.folder / CHECKPOINTS, began), len(known.all)) if run.first else None
+        found, rollbacks = run.agreement.gather(mine)[0]
         where = f"At {run.images_seen:,} images {reason}"
         if found is None or rollbacks >= self.rollbacks:
-            why = f"{rollbacks} rollbacks were of no use" if found else "there is no checkpoint from before"
+            why = f"{rollbacks} rollbacks were of no use" if found else "there is no whole checkpoint from before"
             raise UserError(
-                f"{where}, and {why}. Lower optimizer.lr, warm up longer (optimizer.lr_schedule.warmup_images) or clip "
-                "gradients (trainer.gradient_clip_norm=1.0); checkpoints and logs stand"
+                f"{where}, and {why}. Begin anew under another name=... with a lower optimizer.lr, a longer warm-up "
+                "(optimizer.lr_schedule.warmup_images) or clipped gradients (trainer.gradient_clip_norm=1.0)"
             )
         images, _ = order_of(found)
-        if run.first:  # in this order: a crash between the two only makes it see the same data again
-            go_back_to(found)
-            known.add(Rollback(images, run.images_seen - images, reason))
+        problems = run.agreement.gather(self._leave_out(found, images, reason) if run.first else None)
+        if problems[0]:
+            raise UserError(f"{where}; going back to {images:,} failed: {problems[0]}")
         run.alert("rollback", f"{where}: going back to {images:,}, and on with the data after these")
         run.stopping = run.rolled_back = run.trainer.should_stop = True
+
+    def _leave_out(self, checkpoint: Path, images: int, reason: str) -> str | None:
+        """In this order: a crash between two of them only makes the run see the same data again."""
+        try:
+            go_back_to(checkpoint)
+            set_aside_after(self.run.folder / SNAPSHOTS, order_of(checkpoint))
+            Rollbacks(self.run.folder).add(images, self.run.images_seen, reason)
+        except OSError as error:
+            return str(error)
+        return None
 
 
 class Later:

@@ -26,7 +26,7 @@ class Observing(RunCallback):
     def after_step(self, previous: int) -> None:
         parts = sorted(part for share in self.run.agreement.gather(self._seen) for part in share)
         loss, t = (torch.tensor([part[i] for part in parts]).T.flatten() for i in (1, 2))  # the pieces take turns
-        objective = self.run.module.objective
-        objective.observe(loss, t)
+        objective, finite = self.run.module.objective, loss.isfinite()  # a step with others is not taken
+        objective.observe(loss[finite], t[finite])
         self.run.state[KEY] = objective.state()
         self._seen = []

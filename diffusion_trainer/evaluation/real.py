@@ -12,7 +12,9 @@ from diffusion_trainer.streaming.data import ShardData
 def images_of(
     data: ShardData, numbers: Sequence[int], conditioning: Conditioning, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """(B, C, H, W), uint8 pixels or latents, and their conditions, on the device; UserError for one that the model does not know."""
+    """(B, C, H, W), uint8 pixels or latents, and their conditions, on the device; UserError for a condition that the
+    model does not know.
+    """
     batch = data.batch(numbers)
     conditioning.check(batch)
     needed = {name: batch[name].to(device) for name in ("image", *conditioning.fields)}

@@ -1,5 +1,8 @@
 """Steps whose gradient is not finite are not taken, and nobody waits for the device to know."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,10 +19,21 @@ class NonFinite:
 
     def __init__(self, optimizer: Optimizer):
         self.kept: Tensor | float = 1.0  # 0 or 1, on the device: whether the step that is being taken is kept
-        optimizer.register_step_pre_hook(self._look)
+        optimizer.register_step_pre_hook(self._before)
+
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: Mapping[str, Any]) -> tuple | None:
+        # Lightning computes the gradients inside step(), in the closure that it hands over.
+        closure: Callable[[], Any] | None = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._look(optimizer)
+            return None
+        with torch.enable_grad():
+            loss = closure()
+        self._look(optimizer)
+        return (optimizer,), {"closure": lambda: loss}
 
     @torch.no_grad()
-    def _look(self, optimizer: Optimizer, args, kwargs) -> None:
+    def _look(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)

@@ -1,11 +1,11 @@
 """What a run has left out: <run>/rollbacks.json, one entry for each time it went back to a checkpoint."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from diffusion_trainer.training.checkpoint_files import MANIFEST, write_text
-from diffusion_trainer.training.checkpoints import put_aside
+from diffusion_trainer.training.checkpoint_files import DamagedCheckpoint, write_text
+from diffusion_trainer.training.checkpoints import Checkpoint, put_aside
 from diffusion_trainer.training.saving import LATEST, folders, order_of
 
 FILE = "rollbacks.json"
@@ -13,11 +13,15 @@ FILE = "rollbacks.json"
 
 @dataclass(frozen=True)
 class Rollback:
-    """Back to `images_seen`; the `left_out` images that it had been trained on since were left out from there on."""
+    """Back to `images_seen`; the `left_out` samples after that checkpoint's were left out from there on.
+
+    undone: the run has since gone on from a still earlier checkpoint.
+    """
 
     images_seen: int
     left_out: int
     reason: str
+    undone: bool = False
 
 
 class Rollbacks:
@@ -29,17 +33,20 @@ class Rollbacks:
         self.all = [Rollback(**entry) for entry in entries]
 
     def left_out(self, images_seen: int) -> int:
-        """How many images a run that goes on from a checkpoint of so many has left out until then: the next sample's
-        number in the stream is the sum of both.
+        """How many samples a run that goes on from a checkpoint of so many images has left out until then: the next
+        sample's number in the stream is the sum of both.
         """
-        return sum(r.left_out for r in self.all if r.images_seen <= images_seen)
+        return sum(r.left_out for r in self.all if not r.undone and r.images_seen <= images_seen)
 
-    def add(self, rollback: Rollback) -> None:
-        self._write([*self.all, rollback])
+    def add(self, back_to: int, seen: int, reason: str) -> None:
+        """From `seen` images back to a checkpoint: all samples that were read since it are left out."""
+        left_out = seen + self.left_out(seen) - back_to - self.left_out(back_to)
+        self.forget_after(back_to)
+        self._write([*self.all, Rollback(back_to, left_out, reason)])
 
     def forget_after(self, images_seen: int) -> None:
         """For a run that goes on from an earlier checkpoint than those it had gone back to."""
-        kept = [r for r in self.all if r.images_seen <= images_seen]
+        kept = [replace(r, undone=r.undone or r.images_seen > images_seen) for r in self.all]
         if kept != self.all:
             self._write(kept)
 
@@ -48,14 +55,24 @@ class Rollbacks:
         self.all = rollbacks
 
 
-def before(folder: Path, images_seen: int) -> Path | None:
-    """The newest checkpoint of the run in `folder` with at most so many images; None if there is none."""
-    there = [p for p in folders(folder / "checkpoints") if order_of(p)[0] <= images_seen and (p / MANIFEST).is_file()]
-    return there[-1] if there else None
+def before(root: Path, images_seen: int) -> Path | None:
+    """The newest checkpoint under `root` with at most so many images that is whole, checksums too; None without one."""
+    for folder in reversed([p for p in folders(root) if order_of(p)[0] <= images_seen]):
+        try:
+            checkpoint = Checkpoint(folder)
+            checkpoint.verify(checkpoint.files)
+        except DamagedCheckpoint:
+            continue
+        return folder
+    return None
 
 
 def go_back_to(checkpoint: Path) -> None:
     """Makes it the newest of its run; later ones are kept under another name."""
     write_text(checkpoint.parent / LATEST, checkpoint.name)  # first: from here on it is the one to resume from
-    for later in [p for p in folders(checkpoint.parent) if order_of(p) > order_of(checkpoint)]:
+    set_aside_after(checkpoint.parent, order_of(checkpoint))
+
+
+def set_aside_after(root: Path, order: tuple[int, int]) -> None:
+    for later in [p for p in folders(root) if order_of(p) > order]:
         put_aside(later)

@@ -80,3 +80,6 @@ def test_snapshots_need_an_average_that_is_a_power_function(tmp_path):
 def test_files_that_do_not_fit_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         cli.run(["sample", f"checkpoint={run}", f"weights={tmp_path}/none.safetensors", "n=1"])
+    rank_file = latest(run / "checkpoints") / "rank-00000.safetensors"
+    with pytest.raises(UserError, match="is of run None, the checkpoint of digits; use a file of its own"):
+        cli.run(["sample", f"checkpoint={run}", f"weights={rank_file}", "n=1"])

@@ -10,10 +10,14 @@ import torch
 from diffusion_trainer.callbacks.guarding import KEY, Guarding
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
-from diffusion_trainer.training.rollbacks import Rollback, Rollbacks
+from diffusion_trainer.training.checkpoints import save
+from diffusion_trainer.training.rollbacks import Rollbacks
 from diffusion_trainer.training.saving import folders
+from diffusion_trainer.training.sharding import Replicated
 
 BATCH = 32
+MODEL = torch.nn.Linear(2, 2)
+SHARDING = Replicated(MODEL, torch.optim.SGD(MODEL.parameters()))
 NAN = float("nan")
 
 
@@ -58,9 +62,7 @@ class FakeRun(SimpleNamespace):
 def guarded(folder, guard, losses, checkpoints=(), state=None, seen=0):
     """The run after these losses, of which NaN is a step that was not taken, or until it goes back."""
     for images in checkpoints:
-        path = folder / "checkpoints" / f"images-{images:012d}"
-        path.mkdir(parents=True)
-        (path / "manifest.json").write_text("{}")
+        save(folder / "checkpoints", images, SHARDING, {}, Agreement(), 100)
     run = guard.run = FakeRun(folder, state, seen)
     guard.start()
     for i, loss in enumerate(losses):
@@ -69,8 +71,9 @@ def guarded(folder, guard, losses, checkpoints=(), state=None, seen=0):
         run.module.images_seen += BATCH
         guard.on_train_batch_end(run.trainer, run.module, None, {}, i)
         if run.stopping:
-            return run
+            break
     guard.before_save()
+    guard.on_train_end(run.trainer, run.module)
     return run
 
 
@@ -83,27 +86,37 @@ def test_single_steps_that_were_not_taken_are_counted_and_told(tmp_path):
     assert run.state[KEY] == {"losses": [1, 1, 1], "skipped": 3, "in_a_row": 0}
 
 
-def test_so_many_in_a_row_lead_back_to_the_newest_checkpoint_before_them(tmp_path):
-    """Three steps from 5 x 32 images on; the checkpoint of 6 x 32 was made among them. It is noticed a step late."""
-    checkpoints = [2 * BATCH, 5 * BATCH, 6 * BATCH]
+def test_so_many_in_a_row_lead_back_to_the_newest_checkpoint_and_leave_out_what_was_read_since(tmp_path):
+    """No weight has changed in the row, so one made in it will do. It is noticed a step late, one more on its way."""
+    checkpoints = [2 * BATCH, 6 * BATCH, 8 * BATCH]
     run = guarded(tmp_path, Guarding(skipped_in_a_row=3), [1] * 5 + [NAN] * 4, checkpoints)
     assert run.rolled_back
     assert run.trainer.should_stop
-    assert [p.name for p in folders(tmp_path / "checkpoints")] == ["images-000000000064", "images-000000000160"]
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000000000160"
-    assert (tmp_path / "checkpoints" / "aside-images-000000000192").is_dir()
+    assert [p.name for p in folders(tmp_path / "checkpoints")] == ["images-000000000064", "images-000000000192"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000000000192"
+    assert (tmp_path / "checkpoints" / "aside-images-000000000256").is_dir()
     (entry,) = json.loads((tmp_path / "rollbacks.json").read_text())
-    assert entry == {
-        "images_seen": 160, "left_out": 4 * BATCH, "reason": "3 steps in a row had gradients that are not finite",
-    }  # fmt: skip
+    reason = "3 steps in a row had gradients that are not finite"
+    assert entry == {"images_seen": 192, "left_out": 3 * BATCH, "reason": reason, "undone": False}
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path):
+    guard = Guarding(skipped_in_a_row=2)
+    guarded(tmp_path, Guarding(), [], [BATCH, 2 * BATCH])
+    path = tmp_path / "checkpoints" / "images-000000000064" / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert guarded(tmp_path, guard, [1, 1, 1, NAN, NAN, NAN]).rolled_back
+    assert Rollbacks(tmp_path).all[0].images_seen == BATCH
 
 
 def test_without_a_checkpoint_or_after_the_last_rollback_it_stops_and_says_what_to_do(tmp_path):
     with pytest.raises(
-        UserError, match=r"At 96 images 2 steps in a row .* no checkpoint from before. Lower optimizer.lr"
+        UserError, match=r"At 96 images 2 steps in a row .* no whole checkpoint from before. Begin anew"
     ):
         guarded(tmp_path, Guarding(skipped_in_a_row=2), [NAN] * 5)
-    Rollbacks(tmp_path).add(Rollback(0, 64, "once"))
+    Rollbacks(tmp_path).add(0, 64, "once")
     with pytest.raises(UserError, match="1 rollbacks were of no use"):
         guarded(tmp_path, Guarding(skipped_in_a_row=2, rollbacks=1), [1, NAN, NAN, 1], [BATCH])
 
@@ -136,14 +149,19 @@ def test_a_loss_that_rises_and_stays_is_one(tmp_path, factor):
     assert run.images_seen <= (1000 + 32) * BATCH  # when most of the recent steps are of that kind
 
 
-def test_what_was_left_out_counts_from_the_checkpoint_on_that_was_gone_back_to(tmp_path):
+def test_what_was_left_out_is_all_that_was_read_since_the_checkpoint(tmp_path):
     known = Rollbacks(tmp_path)
-    known.add(Rollback(64, 320, "a"))
-    known.add(Rollback(256, 96, "b"))
+    known.add(64, 384, "a")  # read up to sample 384
+    known.add(256, 352, "b")  # up to 352 + 320
     again = Rollbacks(tmp_path)
     assert [again.left_out(n) for n in (32, 64, 224, 256, 10**6)] == [0, 320, 320, 416, 416]
-    again.forget_after(128)
-    assert [r.reason for r in Rollbacks(tmp_path).all] == ["a"]
+    known.add(64, 320, "c")  # up to 320 + 416: from 64 on nothing of it is read again
+    again = Rollbacks(tmp_path)
+    assert [again.left_out(n) for n in (32, 64, 256, 10**6)] == [0, 672, 672, 672]
+    assert 64 + again.left_out(64) == 320 + 416
+    again.forget_after(32)
+    assert Rollbacks(tmp_path).left_out(10**6) == 0
+    assert len(Rollbacks(tmp_path).all) == 3  # they still count
 
 
 @pytest.mark.parametrize("wrong", [{"skipped_in_a_row": 0}, {"spike": 0.0}, {"spike": NAN}, {"rollbacks": -1}])

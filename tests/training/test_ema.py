@@ -110,11 +110,14 @@ def test_averages_are_their_closed_forms_from_the_initial_weights_on():
         assert torch.allclose(optimizer.state[model.weight][key], closed, rtol=1e-6)  # shares are float32
 
 
-def stepped(model, optimizer, batches) -> dict:
-    """Everything that the optimizer holds after the batches; of its steps those that a NaN spoils are not taken."""
+def stepped(model, optimizer, batches, closure=False) -> dict:
+    """All that the optimizer holds after the batches. closure: gradients come inside of step(), as Lightning's do."""
     for x in batches:
-        losing(model, x)
-        optimizer.step()
+        if closure:
+            optimizer.step(lambda x=x: losing(model, x))
+        else:
+            losing(model, x)
+            optimizer.step()
     state = optimizer.state
     return {(n, k): v.clone() for n, p in model.named_parameters() for k, v in {**state[p], "weight": p.data}.items()}
 
@@ -130,16 +133,17 @@ def made(clip=None):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 2, 3])
-def test_a_step_with_a_gradient_that_is_not_finite_is_as_if_it_had_never_been(bad, at):
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_with_a_gradient_that_is_not_finite_is_as_if_it_had_never_been(bad, at, closure):
     """Weights, both averages, moments and the count of steps, to the last bit."""
     batches = list(torch.randn(4, 3, 4))
     model, optimizer, nonfinite = made()
-    good = stepped(model, optimizer, batches)
+    good = stepped(model, optimizer, batches, closure)
     assert float(nonfinite.kept) == 1
     spoiled = torch.full((3, 4), bad)
     model, optimizer, nonfinite = made()
-    stepped(model, optimizer, [*batches[:at], spoiled])
+    stepped(model, optimizer, [*batches[:at], spoiled], closure)
     assert float(nonfinite.kept) == 0
-    again = stepped(model, optimizer, batches[at:])
+    again = stepped(model, optimizer, batches[at:], closure)
     assert again.keys() == good.keys()
     assert all(torch.equal(again[key], good[key]) for key in good)
