@@ -222,6 +222,8 @@ class Probe(Callback):
         if isinstance(trainer.model, DistributedDataParallel):  # its buckets are C++'s
             sizes = trainer.model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
             self.peak["buckets"] = sum(int(size) for size in sizes.split(","))
+            # The step is looked at after the backward pass: Python knows views of them then, in a list of DDP's.
+            self.peak["other"] = max(0, self.peak["other"] - self.peak["buckets"])
         ranks = self.agreement.gather({**self.peak, "activations": self.activations.peak})
         self.memory = {name: max(rank.get(name, 0) for rank in ranks) for name in [*NAMES, "activations"]}
         names = sorted(self.collectives.sent)
