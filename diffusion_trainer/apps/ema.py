@@ -2,30 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from diffusion_trainer.apps import config as configuration
-from diffusion_trainer.apps.export import DTYPES, SUFFIX, about, check_place
+from diffusion_trainer.apps.export import DTYPES, SUFFIX, FileConfig, about, check_place
 from diffusion_trainer.apps.finished import compose, written
 from diffusion_trainer.apps.initial import checkpoint_in, run_of
-from diffusion_trainer.apps.nodes import Schema
 from diffusion_trainer.callbacks.ema_snapshots import FOLDER, KEY
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
+from diffusion_trainer.training.checkpoint_files import sync
 from diffusion_trainer.training.checkpoints import Checkpoint
-from diffusion_trainer.training.consolidation import consolidate, sync
+from diffusion_trainer.training.consolidation import consolidate
 from diffusion_trainer.training.ema import gamma_of
 from diffusion_trainer.training.posthoc_ema import Combination, Shares, factors
 from diffusion_trainer.training.saving import folders
 
 
-class EmaConfig(Schema):
-    checkpoint: str
+class EmaConfig(FileConfig):
     relative_std: float
     images_seen: int | None
-    out: str | None
-    dtype: Literal["fp32", "bf16", "fp16"]
-    overwrite: bool
 
 
 def show(overrides: Sequence[str]) -> str:

@@ -16,20 +16,26 @@ from diffusion_trainer.apps.initial import DESCRIBING, FILE, checkpoint_in, run_
 from diffusion_trainer.apps.nodes import Schema, hint
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
+from diffusion_trainer.training.checkpoint_files import sync
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
-from diffusion_trainer.training.consolidation import consolidate, kinds_of, sync
+from diffusion_trainer.training.consolidation import consolidate, kinds_of
 
 SUFFIX = ".safetensors"
 WRITER = "written_by"  # in the metadata: a file without it is not ours to replace
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ExportConfig(Schema):
+class FileConfig(Schema):
+    """What the top levels of conf/export.yaml and conf/ema.yaml share."""
+
     checkpoint: str
-    weights: str
     out: str | None
     dtype: Literal["fp32", "bf16", "fp16"]
     overwrite: bool
+
+
+class ExportConfig(FileConfig):
+    weights: str
 
 
 def show(overrides: Sequence[str]) -> str:

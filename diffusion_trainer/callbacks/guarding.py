@@ -22,8 +22,9 @@ class Guarding(RunCallback):
     """Counts steps that were not taken because a gradient was not finite, and watches the loss.
 
     After `skipped_in_a_row` of them, or when the median loss of the last `recent` steps is more than `spike` robust
-    standard deviations above that of the `history` steps before these, the run goes back to its newest checkpoint from
-    before they began, and goes on from there with the data that comes after them: at most `rollbacks` times.
+    standard deviations above that of the `history` steps before these, the run goes back to its newest whole checkpoint
+    (in the second case from before the `recent` steps; skipped ones have changed no weight), and on from there with the
+    data that comes after: at most `rollbacks` times.
 
     A step's numbers are read while the next one is computed, so that no device is waited for.
     """

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ class DamagedCheckpoint(UserError):
         super().__init__(f"{self.problem}. Remove that checkpoint's folder, or name another, to use the one before it")
 
 
+Layout = tuple[torch.dtype, Sequence[int]]  # of a tensor: dtype, shape
+
+
 class Written(NamedTuple):
     """What a file must be."""
 
@@ -46,7 +49,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     """Writes CPU tensors, waits until they are on the disk and reads them back from there; OSError if either fails."""
     crc32 = 0
     with path.open("xb") as file:
-        for data in (memoryview(_header(tensors)), *map(_bytes, tensors.values())):
+        head = header({name: (t.dtype, t.shape) for name, t in tensors.items()})
+        for data in (memoryview(head), *map(_bytes, tensors.values())):
             for at in range(0, len(data), CHUNK):
                 crc32 = isal_zlib.crc32(data[at : at + CHUNK], crc32)
                 file.write(data[at : at + CHUNK])
@@ -68,12 +72,17 @@ def read_back(path: Path) -> Written:
     return Written(size, crc32)
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Length (8 bytes), then each tensor's dtype, shape and place as JSON, with spaces to a multiple of 8."""
-    entries, at = {}, 0
-    for name, tensor in tensors.items():
-        end = at + tensor.nbytes
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+def header(tensors: Mapping[str, Layout], metadata: Mapping[str, str] | None = None) -> bytes:
+    """All that stands before the numbers: length (8 bytes), then metadata and each tensor's dtype, shape and place as
+    JSON, with spaces to a multiple of 8 bytes, so that a reader may map them. ValueError for dtypes not in DTYPES.
+    """
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{dtype} cannot be written; {', '.join(map(str, DTYPES))} can")
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -1,30 +1,20 @@
 """One safetensors file of a checkpoint's weights, however many ranks wrote them: streamed, some megabytes at a time.
 
 Needs no process group, no model and no device.
-
-    8 bytes      length of the header, little-endian
-    header       JSON: "__metadata__", and dtype, shape and data_offsets of each tensor; padded with spaces
-    numbers      of one tensor after the other, little-endian
-
-(The format is that of safetensors' README, "Format".)
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.training.checkpoint_files import DTYPES
+from diffusion_trainer.training.checkpoint_files import header, sync
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
 from diffusion_trainer.training.ema import KEY
 
 CHUNK = 1 << 18  # elements that are in memory at once; what the allocator keeps is some eight times as much, 8 MB
-ALIGNMENT = 8  # bytes: where the numbers begin, so that a reader may map them
 
 
 def kinds_of(checkpoint: Checkpoint) -> list[str]:
@@ -39,37 +29,13 @@ def consolidate(checkpoint: Checkpoint, kind: str, path: Path, dtype: torch.dtyp
     for dtype; OSError if the file cannot be written.
     """
     with path.open("wb") as file:
-        file.write(header(checkpoint.shapes, dtype, metadata))
+        file.write(header({name: (dtype, shape) for name, shape in checkpoint.shapes.items()}, metadata))
         for name, shape in checkpoint.shapes.items():
             for run in _runs(checkpoint, kind, name, shape.numel()):
                 file.write(_narrowed(run, dtype, name).view(torch.uint8).numpy())
         size = file.tell()
     sync(path)
     return size
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk; OSError if they cannot be brought there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def header(shapes: Mapping[str, torch.Size], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
-    """All that stands before the numbers; ValueError for a dtype other than fp32, bf16 and fp16."""
-    if dtype not in DTYPES:
-        raise ValueError(f"{dtype} cannot be written; {', '.join(map(str, DTYPES))} can")
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, shape in shapes.items():
-        end = at + prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _runs(checkpoint: Checkpoint, kind: str, name: str, count: int) -> Iterator[Tensor]:

@@ -4,24 +4,16 @@ import json
 
 import pytest
 import torch
+from saved import trained
 
 from diffusion_trainer.training import checkpoints, saving
 from diffusion_trainer.training.agreement import Agreement
-from diffusion_trainer.training.ema import KEY, attach_ema
-from diffusion_trainer.training.nonfinite import NonFinite
 from diffusion_trainer.training.sharding import Replicated
 
 
 @pytest.fixture
 def sharding():
-    """A small model after a step of AdamW with an EMA."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    attach_ema(optimizer, {KEY: lambda: 0.9}, NonFinite(optimizer))
-    model(torch.ones(4, 3)).sum().backward()
-    optimizer.step()
-    return Replicated(model, optimizer)
+    return trained()
 
 
 def save(root, images, sharding, keep=2):

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training import consolidation
 from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.checkpoint_files import header
 from diffusion_trainer.training.checkpoints import Checkpoint, save
-from diffusion_trainer.training.consolidation import consolidate, header, kinds_of
+from diffusion_trainer.training.consolidation import consolidate, kinds_of
 from diffusion_trainer.training.sharding import Sharding, Slot
 
 RANKS = 3
@@ -170,11 +171,11 @@ def test_no_more_than_a_chunk_is_asked_for_and_everything_once(known, tmp_path, 
 
 @pytest.mark.parametrize("length", range(8))
 def test_numbers_begin_where_a_reader_may_map_them(length):
-    text = header({"a": torch.Size([2])}, torch.float16, {"k": "x" * length})
+    text = header({"a": (torch.float16, [2])}, {"k": "x" * length})
     assert len(text) % 8 == 0
     assert int.from_bytes(text[:8], "little") == len(text) - 8
     with pytest.raises(ValueError, match=r"torch.float64 cannot be written; torch.float32, torch.bfloat16"):
-        header({}, torch.float64, {})
+        header({"a": (torch.float64, [2])})
 
 
 def test_a_checkpoint_that_lacks_elements_is_refused(known, tmp_path, monkeypatch):
