@@ -29,7 +29,9 @@ check: $(READY) lint  ## the fast tests (under 2 minutes)
 test: $(READY) lint  ## all tests
 	@$(BIN)/python -m pytest -q -n logical -m "not slow"
 	@$(BIN)/python -m pytest -q -n logical -m slow tests/test_combinations.py
-	@$(BIN)/python -m pytest -q -m slow --ignore tests/test_combinations.py  # whole runs, each with processes of its own
+	@$(BIN)/python -m pytest -q -n logical --dist loadfile -m slow \
+	  --ignore tests/test_combinations.py --ignore tests/slurm --ignore tests/benchmarks
+	@$(BIN)/python -m pytest -q -m slow tests/slurm tests/benchmarks  # these measure, or have one cluster
 
 lint: $(READY)  ## style and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

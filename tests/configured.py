@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 import torch
-from options import built, each
+from cases import each
+from options import built
 
 from diffusion_trainer.sampling.ddim import DDIM
 from diffusion_trainer.sampling.edm import EDMHeun

@@ -1,5 +1,6 @@
 """Shared by all tests: the digits, and the console command as a user runs it."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from diffusion_trainer.apps import config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +26,22 @@ SMALL = [
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def composed_once():
+    """Hydra takes a tenth of a second to compose conf/, and a session asks for the same again and again."""
+    known, compose = {}, config._compose
+
+    def once(verb: str, overrides: list[str]):
+        key = (config.CONF, verb, *overrides)
+        if key not in known:
+            known[key] = compose(verb, overrides)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_compose", once)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +75,10 @@ def command(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=500)
+    try:
+        output, _ = process.communicate(timeout=500)
+    finally:
+        process.kill()  # nothing, where it has ended
     return process.returncode, output
 
 

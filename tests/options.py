@@ -1,6 +1,5 @@
 """conf/ is the registry: the tests of a group walk its folder, so that a new yaml is under its theorems at once."""
 
-import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -16,11 +15,6 @@ def names(group):
 def built(group):
     """Name -> object, for each yaml of a group that leans on no other group."""
     return {name: build(yaml.safe_load((CONF / group / f"{name}.yaml").read_text()), group) for name in names(group)}
-
-
-def each(argument, objects):
-    """Parametrizes a test over a dict of objects, by their names."""
-    return pytest.mark.parametrize(argument, list(objects.values()), ids=list(objects))
 
 
 def composed(group, *overrides):

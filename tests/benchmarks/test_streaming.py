@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow  # it starts the workers of every contender
 FOLDER = ROOT / "benchmarks"
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from options import built, each
+from cases import each
+from options import built
 from oracle import Mixture
 from torch.distributions import Normal
 from torch.testing import assert_close

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from cases import each
 from exact import GAUSSIAN, MIXTURE, ExactNetwork
-from options import built, composed, each
+from options import built, composed
 from torch.testing import assert_close
 
 from diffusion_trainer.conventions import expand
@@ -38,7 +39,7 @@ PAIRS = {
     for s in SCHEDULES
     if serves(PREDICTIONS[p], SCHEDULES[s])
 }
-every_pair = pytest.mark.parametrize(("prediction", "schedule"), list(PAIRS.values()), ids=list(PAIRS))
+every_pair = each(("prediction", "schedule"), PAIRS)
 
 
 def draws(count, first=0, batch_size=None):

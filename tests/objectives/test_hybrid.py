@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cases import each
 from exact import ExactNetwork
-from options import built, composed, each
+from options import built, composed
 from oracle import Mixture, forward_posterior, gaussian_kl
 from torch.testing import assert_close
 

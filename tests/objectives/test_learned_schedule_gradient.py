@@ -4,8 +4,9 @@ same for every schedule.
 
 import pytest
 import torch
+from cases import each
 from exact import MIXTURE, ExactNetwork
-from options import built, each
+from options import built
 from torch import nn
 from torch.testing import assert_close
 

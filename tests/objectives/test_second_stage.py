@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cases import each
 from exact import MIXTURE, ExactNetwork
-from options import built, composed, each
+from options import built, composed
 from torch.testing import assert_close
 
 from diffusion_trainer.apps.nodes import build

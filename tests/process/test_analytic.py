@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import each
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser
-from options import built, each
+from options import built
 from oracle import Mixture
 from safetensors.torch import save_file
 from torch.testing import assert_close

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from options import built, each
+from cases import each
+from options import built
 from torch.testing import assert_close
 
 from diffusion_trainer.process.beta_tables import (
@@ -20,7 +21,7 @@ from diffusion_trainer.process.schedules import Cosine
 TABLES = {name: table for name, table in built("schedule").items() if isinstance(table, BetaTable)}
 SHORT = {type(table).__name__: type(table)(num_timesteps=50) for table in TABLES.values()}
 every_table = each("schedule", {**TABLES, **SHORT})
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+every_dtype = each("dtype", [torch.float64, torch.float32])
 RAMPS = (LinearBeta, QuadraticBeta, SigmoidBeta)
 
 

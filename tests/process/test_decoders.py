@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from cases import each
 from scipy.integrate import quad
 from scipy.stats import norm
 from torch.testing import assert_close
 
 from diffusion_trainer.process.decoders import DiscretizedGaussian, GaussianDensity
 
-every_levels = pytest.mark.parametrize("levels", [2, 3, 256])
+every_levels = each("levels", [2, 3, 256])
 
 
 def values(levels):

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from options import built, each
+from cases import each
+from options import built
 from torch.func import jvp
 from torch.testing import assert_close
 
@@ -23,7 +24,7 @@ def trained(seed):
 
 ALL = {"initial": built("schedule")["learned"], "trained": trained(0), "again": trained(1)}
 every_schedule = each("schedule", ALL)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+every_dtype = each("dtype", [torch.float64, torch.float32])
 
 
 def times(schedule, dtype=torch.float64, count=2001):

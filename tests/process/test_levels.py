@@ -4,7 +4,8 @@ from math import inf, log
 
 import pytest
 import torch
-from options import built, each
+from cases import each
+from options import built
 from torch.testing import assert_close
 
 from diffusion_trainer.process.levels import Level, level_of_log_snr, levels

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from options import built, each
+from cases import each
+from options import built
 from torch.testing import assert_close
 
 from diffusion_trainer.callbacks.observing import KEY, Observing

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from cases import each
 from exact import GAUSSIAN, MIXTURE, ExactNetwork
-from options import built, each, names
+from options import built, names
 from oracle import forward_posterior
 from torch.testing import assert_close
 
@@ -33,7 +34,7 @@ PAIRS = {
     for s in SCHEDULES
     if serves(PREDICTIONS[p], SCHEDULES[s])
 }
-every_pair = pytest.mark.parametrize(("prediction", "schedule"), list(PAIRS.values()), ids=list(PAIRS))
+every_pair = each(("prediction", "schedule"), PAIRS)
 
 
 class Noisy:

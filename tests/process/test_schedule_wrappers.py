@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from options import built, each
+from cases import each
+from options import built
 from torch.testing import assert_close
 
 from diffusion_trainer.process.beta_tables import QuadraticBeta
@@ -14,7 +15,7 @@ from diffusion_trainer.process.sdes import VE, VPSDE
 BASES = {name: schedule.frozen() for name, schedule in built("schedule").items()}
 every_base = each("base", BASES)
 every_preserving_base = each("base", {n: b for n, b in BASES.items() if b.variance_preserving})
-every_shift = pytest.mark.parametrize("shift", [0.25, 1.0, 4.0])
+every_shift = each("shift", [0.25, 1.0, 4.0])
 
 
 def times(schedule, count=500):

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from options import built, each
+from cases import each
+from options import built
 from torch.testing import assert_close
 
 from diffusion_trainer.process.beta_tables import LinearBeta
@@ -17,7 +18,7 @@ SCHEDULES = {
     "flat_rate": VPSDE(beta_min=12.0, beta_max=12.0),
 }
 every_schedule = each("schedule", {name: schedule.frozen() for name, schedule in SCHEDULES.items()})
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+every_dtype = each("dtype", [torch.float64, torch.float32])
 METHODS = ("alpha", "sigma", "log_snr", "t_of_log_snr")
 
 

@@ -5,7 +5,8 @@ from math import log
 
 import pytest
 import torch
-from options import built, each
+from cases import each
+from options import built
 from scipy.stats import norm
 from torch.testing import assert_close
 
@@ -25,8 +26,8 @@ every_schedule = each("schedule", SCHEDULES)
 every_timesteps = each("timesteps", TIMESTEPS)
 BATCH, LANES = 32, 4
 COSINE = SCHEDULES["cosine"]
-every_cut = pytest.mark.parametrize("pieces", [1, 2, 4])
-every_step = pytest.mark.parametrize("step", [0, 1, 7])
+every_cut = each("pieces", [1, 2, 4])
+every_step = each("step", [0, 1, 7])
 
 
 def between(low, high):

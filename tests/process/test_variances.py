@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from cases import each
 from exact import GAUSSIAN
-from options import built, each
+from options import built
 from oracle import Mixture, forward_posterior
 from torch.testing import assert_close
 
@@ -13,7 +14,7 @@ from diffusion_trainer.process.variances import Estimate, FixedLarge, FixedSmall
 
 SCHEDULES = {name: schedule.frozen() for name, schedule in built("schedule").items()}
 every_schedule = each("schedule", SCHEDULES)
-every_eta = pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+every_eta = each("eta", [0.0, 0.5, 1.0])
 T = 1000
 NOTHING = Estimate(torch.zeros(1, 1))
 

@@ -4,7 +4,8 @@ from math import exp
 
 import pytest
 import torch
-from options import built, each, names
+from cases import each
+from options import built, names
 from oracle import forward_posterior, gaussian_kl
 from torch.func import jvp
 from torch.testing import assert_close
@@ -29,8 +30,8 @@ SCHEDULES = {name: schedule.frozen() for name, schedule in built("schedule").ite
 WEIGHTINGS = built("weighting")
 every_schedule = each("schedule", SCHEDULES)
 every_weighting = each("weighting", WEIGHTINGS)
-every_variance = pytest.mark.parametrize("variance", [FixedSmall(), FixedLarge()], ids=str)
-every_step = pytest.mark.parametrize("k", [2, 3, 10, 250, 700, 999])
+every_variance = each("variance", [FixedSmall(), FixedLarge()])
+every_step = each("k", [2, 3, 10, 250, 700, 999])
 T = 1000
 
 

@@ -6,8 +6,9 @@ from math import log
 
 import pytest
 import torch
+from cases import each
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser
-from options import built, each
+from options import built
 from oracle import Mixture, forward_posterior, gaussian_kl
 from solving import Noise
 from torch.distributions import Normal

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from cases import each
 from configured import SAMPLERS
 from exact import MIXTURE
-from options import built, each
+from options import built
 from solving import drawn, unbounded
 
 from diffusion_trainer.sampling.adaptive import DormandPrince

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import each
 from configured import every_schedule
 from exact import MIXTURE
-from options import each
 from oracle import forward_posterior
 from solving import Noise, drawn
 from torch.testing import assert_close

@@ -4,7 +4,7 @@ from math import log, pi
 
 import pytest
 import torch
-from options import each
+from cases import each
 from torch.func import grad
 from torch.special import ndtr, ndtri
 

@@ -5,9 +5,9 @@ from math import exp, expm1, inf
 
 import pytest
 import torch
+from cases import each
 from configured import SCHEDULES, every_schedule
 from exact import MIXTURE
-from options import each
 from solving import Noise, drawn, unbounded
 from torch.testing import assert_close
 

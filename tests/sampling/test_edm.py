@@ -5,8 +5,9 @@ from math import sqrt
 
 import pytest
 import torch
+from cases import each
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser
-from options import built, each
+from options import built
 from solving import Noise, drawn, slope
 from torch.testing import assert_close
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cases import each
 from exact import MIXTURE, ExactDenoiser
-from options import built, each, names
+from options import built, names
 from PIL import Image as Picture
 from solving import Noise
 from torch import Tensor, nn

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import each
 from configured import SAMPLERS, SCHEDULES, every_schedule
-from options import each
 from torch.testing import assert_close
 
 from diffusion_trainer.process.beta_tables import LinearBeta

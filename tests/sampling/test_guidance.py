@@ -5,8 +5,9 @@ from math import inf, nan
 
 import pytest
 import torch
+from cases import each
 from exact import MIXTURE, ExactDenoiser
-from options import built, each
+from options import built
 from torch.testing import assert_close
 
 from diffusion_trainer.conventions import UserError
@@ -26,7 +27,7 @@ from diffusion_trainer.sampling.guidance import (
 
 SCHEDULES = built("schedule")
 every_schedule = each("schedule", SCHEDULES)
-every_scale = pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 7.5])
+every_scale = each("scale", [0.0, 0.5, 1.0, 2.0, 7.5])
 CPU = torch.device("cpu")
 EXACT = ExactDenoiser(MIXTURE)
 NOISY = Level(0.5, 0.8, 0.6)  # log-SNR 0.575

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import each
 from configured import SAMPLERS, SCHEDULES, by_solver, served
-from options import each
 from solving import Noise, unbounded
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from cases import each
 from configured import SAMPLERS
-from options import each
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

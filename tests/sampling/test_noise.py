@@ -5,6 +5,7 @@ from math import ceil
 
 import pytest
 import torch
+from cases import each
 
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.process.denoiser import Denoiser
@@ -18,8 +19,8 @@ from diffusion_trainer.sampling.sampler import Sampler
 
 CPU, SHAPE, COUNT = torch.device("cpu"), (2, 4, 4), 10
 CONDITIONS = torch.arange(COUNT) % 3
-every_batch_size = pytest.mark.parametrize("batch_size", [1, 3, 7])
-every_world = pytest.mark.parametrize("world", [1, 2, 3])
+every_batch_size = each("batch_size", [1, 3, 7])
+every_world = each("world", [1, 2, 3])
 
 
 @dataclass(frozen=True)

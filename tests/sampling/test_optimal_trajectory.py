@@ -7,9 +7,10 @@ from math import log, pi
 import numpy as np
 import pytest
 import torch
+from cases import each
 from configured import SCHEDULES
 from exact import ExactDenoiser
-from options import built, each
+from options import built
 from oracle import Mixture
 from safetensors.torch import save_file
 from torch.testing import assert_close

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import each
 from configured import every_schedule
-from options import each
 from solving import Noise, errors_of, slope
 from test_dpm_solver import Recorded, path
 from torch.testing import assert_close

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import each
 from exact import MIXTURE, ExactDenoiser
-from options import built, each
+from options import built
 from solving import Noise, slope
 from torch.testing import assert_close
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from cases import each
 from configured import SAMPLERS, SCHEDULES, SCORE_STEPS, by_solver, every_sampler, every_schedule, fewest, served
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser, ExactNetwork
-from options import each
 from solving import Noise, drawn, unbounded
 from torch.testing import assert_close
 

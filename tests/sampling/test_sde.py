@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from cases import each
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser
-from options import built, each
+from options import built
 from oracle import Mixture
 from solving import Noise, law
 from torch.testing import assert_close

@@ -9,9 +9,9 @@ from math import log2
 
 import pytest
 import torch
+from cases import each
 from configured import SAMPLERS, SCHEDULES, SCORE_STEPS, by_solver, every_schedule, fewest, for_measuring, served
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser
-from options import each
 from solving import drawn, errors_of, law, slope, unbounded
 from torch.testing import assert_close
 

@@ -5,6 +5,7 @@ from math import expm1
 
 import pytest
 import torch
+from cases import each
 from configured import SCHEDULES, every_schedule
 from solving import Noise, errors_of, slope
 from test_dpm_solver import TIMES, Recorded, path
@@ -17,7 +18,7 @@ from diffusion_trainer.sampling.grids import UniformLogSNR
 from diffusion_trainer.sampling.sampler import Sampler
 from diffusion_trainer.sampling.unipc import UniPC
 
-every_order = pytest.mark.parametrize("p", [2, 3])
+every_order = each("p", [2, 3])
 LONGER = (0.9, *TIMES, 0.2)
 
 

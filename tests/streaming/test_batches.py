@@ -89,7 +89,7 @@ def test_the_seed_the_lanes_and_the_window_are_part_of_the_order(folder, changed
     assert labels() != labels(**changed)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_make_the_batches_that_a_process_alone_makes(folder, workers):
     one = whole(shard_data(f"{folder}/*.tar", window=8), 16, range(5, 15), **ORDER)
     data = shard_data(f"{folder}/*.tar", window=8, num_workers=workers, prefetch=1)
@@ -112,7 +112,7 @@ def test_worlds_and_workers_of_two_sources_with_restarts(folder, tmp_path, world
 
 
 @pytest.mark.parametrize("counts", [[1], [2, 1], [0, 0, 3], [40, 1, 1, 1]])
-@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("workers", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_few_samples_shards_and_lanes_are_equal_steps_on_every_rank(tmp_path, counts, workers):
     """One sample; fewer shards than workers; fewer samples than lanes, than a batch: every rank has all its steps."""
     write_set(tmp_path, counts)

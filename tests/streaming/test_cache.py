@@ -383,6 +383,7 @@ def digest(store, pattern: str) -> list[bytes]:
     return [bytes(samples.bytes_of(k, i)) for k, shard in enumerate(found) for i in range(shard.samples)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece_bytes", [None, 8192], ids=["whole", "pieces"])
 def test_four_processes_race_and_the_one_that_fetches_is_killed(piece_bytes, server, shards, tmp_path):
     first, truth = "/x-000000.tar", digest(LocalStore(), f"{shards}/*.tar")

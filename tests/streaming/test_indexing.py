@@ -173,6 +173,7 @@ def write(site: LocalSite, end: Connection) -> None:
     site.put(f"{site.name}.idx", b"written")
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(tars):
     folder, context = tars[0].parent, get_context("spawn")  # threads of other tests would be lost in a fork
     ends = [context.Pipe() for _ in range(2)]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from options import built, each
+from cases import each
+from options import built
 
 from diffusion_trainer.training.ema import (
     KEY,

@@ -101,7 +101,8 @@ def check(found, images, old, new) -> bool:
 
 
 @pytest.mark.parametrize("images", [128, 64, None], ids=["the next", "the same again", "the first"])
-@pytest.mark.parametrize("who", ["one", *(pytest.param(w, marks=pytest.mark.slow) for w in list(KILLERS)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("who", list(KILLERS))
 def test_at_every_instant_there_is_a_whole_checkpoint(tmp_path, monkeypatch, who, images):
     """keep=1, so that each save also deletes the one before it."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)

@@ -91,6 +91,7 @@ def test_compiled_is_eager_to_rounding_under_the_same_names_whatever_its_weights
     assert_close(outputs(eager), outputs(compiled), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_of_every_size_share_a_few_graphs():
     """Training, then samples in batches of other sizes, smaller last ones included, then training again."""
     torch.compiler.reset()
