@@ -30,6 +30,16 @@ class UserError(Exception):
     The message says what was wrong, where, and what would be right.
     """
 
+    exit_code = 2
+
+
+class PassingError(UserError):
+    """What another start may not meet again: a store that does not answer, a process that was killed. Shown likewise,
+    but with exit code 1, after which a job goes back into the queue.
+    """
+
+    exit_code = 1
+
 
 class Draws(Protocol):
     """Random numbers for the B samples that one process has of a global batch of `total` samples."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import Found, Hopeless
 from diffusion_trainer.streaming.fields import Decoder
 from diffusion_trainer.streaming.ring import Ring
@@ -73,11 +73,16 @@ class Stop(NamedTuple):
     """Instead of a piece, as data: an exception would lose its message on the way from a worker."""
 
     message: str
-    found: Sequence[Found]
+    passing: bool  # whether it is a PassingError
+    found: Sequence[Found] = ()
 
     @classmethod
     def of(cls, error: UserError) -> "Stop":
-        return cls(str(error), error.found if isinstance(error, Hopeless) else [])
+        found = error.found if isinstance(error, Hopeless) else []
+        return cls(str(error), isinstance(error, PassingError), found)
+
+    def batch(self) -> dict[str, Any]:
+        return {"error": self.message, "passing": self.passing, "damage": list(self.found)}
 
 
 @dataclass
@@ -85,8 +90,8 @@ class Loader:
     """This rank's items, in order: batches on the CPU, in pinned memory where there is a GPU.
 
     Each is {field: tensor or list, first: number of its first sample, samples: (B, 2) int64, the shards and samples in
-    them that were used, damage: a list of Found}. What stops the run comes as {error: its message, damage: a
-    list of Found} instead.
+    them that were used, damage: a list of Found}. What stops the run comes as {error: its message, passing: whether it
+    is a PassingError, damage: a list of Found} instead.
     """
 
     source: Callable[[Ring], Dataset]  # of pieces, or a Stop
@@ -117,11 +122,11 @@ class Loader:
         try:
             for item, piece in zip(self.items, pieces(loader), strict=False):  # an error is the last piece
                 if isinstance(piece, Stop):
-                    yield {"error": piece.message, "damage": list(piece.found)}
+                    yield piece.batch()
                 else:
                     yield self._batch(item, piece, ring)
         except DeadWorker as death:
-            yield {"error": str(death), "damage": []}
+            yield Stop.of(death).batch()
 
     def _batch(self, item: int, piece: Piece, ring: Ring) -> dict[str, Any]:
         """Copies the piece out of the ring."""

@@ -7,7 +7,7 @@ from itertools import count
 from random import SystemRandom
 from typing import TypeVar
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError
 
 LONGEST_WAIT_SECONDS = 60.0
 LONGEST_SECONDS = 900.0  # in all: a try may take long, too
@@ -55,7 +55,7 @@ class Retries:
             raise ValueError(f"retries={self.count} and backoff_seconds={self.backoff_seconds} must not be negative")
 
     def __call__(self, url: str, attempt: Callable[[], Result]) -> Result:
-        """Its result; UserError once it was Sick too often. What else it raises passes."""
+        """Its result; PassingError once it was Sick too often. What else it raises passes."""
         begin = time.monotonic()
         for tries in count(1):
             try:
@@ -63,7 +63,7 @@ class Retries:
             except Sick as sick:
                 seconds = time.monotonic() - begin
                 if tries > self.count or sick.asked_seconds > LONGEST_ASKED_SECONDS or seconds > LONGEST_SECONDS:
-                    raise UserError(
+                    raise PassingError(
                         f"{url} cannot be had: {sick} (tried {tries} times in {seconds:.0f} s). {AGAIN}"
                     ) from sick
                 time.sleep(sick.asked_seconds + self._wait(tries - 1))

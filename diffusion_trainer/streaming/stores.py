@@ -13,7 +13,7 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import MissingShard, Truncated
 from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, read_index
 from diffusion_trainer.streaming.retries import AGAIN
@@ -154,8 +154,8 @@ def _check_names_files(path: Path) -> None:
         raise UserError(f"shards: {path} is their index; name the files: {path.parent}/*.tar")
 
 
-def ill(path: str, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be read ({error.strerror}): is its file system there? {AGAIN}")
+def ill(path: str, error: OSError) -> PassingError:
+    return PassingError(f"{path} cannot be read ({error.strerror}): is its file system there? {AGAIN}")
 
 
 def stale(shard: Shard) -> UserError:

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError
 
 # What torch says then. An error that a worker has caught begins otherwise and brings its traceback.
 _DEATH = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (exited unexpectedly|is killed by signal)")
 
 
-class DeadWorker(UserError):
+class DeadWorker(PassingError):
     """A process that reads data has ended before its time."""
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from streaming.making import END, indexed, member, members_of, npy, row, shard_bytes, shard_data, whole, write_set
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.batches import MAX_ATTEMPTS
 from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.loader import Layout
@@ -203,7 +203,7 @@ def test_where_all_is_damaged_it_ends_with_a_list(folder, workers):
     for path in folder.glob("*.tar"):
         cut(0, path.name)(folder)
     pieces = list(data_of(folder, workers).loader(Layout(4), 5, 4, 0, 3))
-    assert [set(piece) for piece in pieces] == [{"error", "damage"}] * 3
+    assert [set(piece) for piece in pieces] == [{"error", "passing", "damage"}] * 3
     assert [f.kind for f in pieces[0]["damage"]] == ["truncated"] * (MAX_ATTEMPTS + 1)
     assert pieces[0]["error"].endswith(pieces[0]["damage"][-1].message)
     assert f"{MAX_ATTEMPTS} samples in a row are damaged" in pieces[0]["error"]
@@ -226,7 +226,7 @@ class Ill(LocalStore):
 
     def read(self, shard, offset, into):
         if shard.url.endswith(TAR):
-            raise UserError(f"{shard.url} does not answer")
+            raise PassingError(f"{shard.url} does not answer")
         super().read(shard, offset, into)
 
 
@@ -236,6 +236,7 @@ def test_a_storage_that_does_not_answer_is_never_papered_over(folder, workers):
     for item, piece in enumerate(data_of(folder, workers, store=Ill()).loader(Layout(BATCH), 5, 4, 0, 5)):
         if 1 in places(range(BATCH * item, BATCH * (item + 1))).shard:
             assert piece["error"].endswith("does not answer")
+            assert piece["passing"]
         else:
             assert not piece["damage"]
 

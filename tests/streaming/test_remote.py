@@ -19,7 +19,7 @@ from streaming import flaky
 from streaming.flaky import serving
 from streaming.making import shard_data, whole, write_set
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming import ahead, retries
 from diffusion_trainer.streaming.ahead import Ahead
 from diffusion_trainer.streaming.cached import CachedStore
@@ -149,7 +149,7 @@ def test_a_store_that_stays_ill_stops_the_run_and_says_why(kind, said, piece_byt
     store = make(piece_bytes, timeout_seconds=patience(kind))
     shard = store.find(f"{server.url}/*.tar")[0]
     server.always[FIRST] = ILL[kind]
-    with pytest.raises(UserError, match=rf"(?i){FIRST} cannot be had: .*({said}).*tried 4 times.*{AGAIN}$"):
+    with pytest.raises(PassingError, match=rf"(?i){FIRST} cannot be had: .*({said}).*tried 4 times.*{AGAIN}$"):
         store.read(shard, 0, memoryview(bytearray(100)))
     assert server.count(FIRST) == 4
     del server.always[FIRST]
@@ -280,7 +280,7 @@ def test_reading_beyond_the_end_of_a_shard_is_truncation(server, make):
 def test_a_page_is_no_index_file_and_no_piece(name, server, make):
     server.script[FIRST] = [flaky.ok]
     server.always[name] = flaky.page
-    with pytest.raises(UserError, match=rf"{name} cannot be had: .*<!DOCTYPE"):
+    with pytest.raises(PassingError, match=rf"{name} cannot be had: .*<!DOCTYPE"):
         contents(make(PIECE), f"{server.url}/*.tar")
 
 
