@@ -32,7 +32,7 @@ class ModelConfig(Schema):
     out: str | None
     weights: str
     accelerator: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     allowed_targets: list[str]
     objective: dict
     network: dict

@@ -15,6 +15,10 @@ from diffusion_trainer.objectives.base import Objective
 from diffusion_trainer.training.model import Model, missing_for_compile
 
 
+class ResumeConfig(Schema):
+    allow_config_change: bool
+
+
 class TrainConfig(Schema):
     """The top level of conf/train.yaml."""
 
@@ -26,11 +30,12 @@ class TrainConfig(Schema):
     num_images: int
     batch_size: int
     lanes: int
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     compile: bool
     channels_last: bool
     condition_dropout: float
     allowed_targets: list[str]
+    resume: ResumeConfig
     schedule: dict
     prediction: dict
     timesteps: dict
@@ -54,8 +59,9 @@ class TrainConfig(Schema):
 def dtype_of(precision: str, device: str) -> torch.dtype:
     """auto is bf16 on GPUs that compute in it, fp32 elsewhere. fp32 means it: cuDNN's TF32 is switched off."""
     torch.backends.cudnn.allow_tf32 = False
-    bf16 = precision == "bf16" or (precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.bfloat16 if bf16 else torch.float32
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    auto = torch.bfloat16 if bf16 else torch.float32
+    return {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from diffusion_trainer.process.schedules import Schedule
 
 class Model(nn.Module):
     """F(x, c_noise, condition), and whatever else is trained with it (`learned`). Weights stay float32; with `dtype`
-    bfloat16 the forward pass is autocast to it.
+    bfloat16 or float16 the forward pass is autocast to it.
 
     Autocast stands here, not in the trainer or in DeepSpeed's configuration, so that training, evaluation and sampling
     compute alike under every strategy, and no strategy rounds the master weights or the batch.

@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from diffusion_trainer.conventions import UserError, seed_of
+from diffusion_trainer.conventions import PassingError, UserError, seed_of
 from diffusion_trainer.objectives.base import LossTerms, Objective
 from diffusion_trainer.training.ema import Ema, EmaProfile, attach_ema
+from diffusion_trainer.training.loss_scale import LossScale
 from diffusion_trainer.training.model import Model
 from diffusion_trainer.training.nonfinite import NonFinite
 from diffusion_trainer.training.optimizers import AdamW
@@ -55,6 +56,7 @@ class DiffusionModule(LightningModule):
         self.images_seen = 0
         self.last_terms: LossTerms | None = None  # of the last micro-batch, for callbacks
         self.nonfinite: NonFinite | None = None
+        self.loss_scale = LossScale() if model.dtype == torch.float16 else None
 
     def train(self, mode: bool = True) -> "DiffusionModule":
         """Modules whose parameters are all frozen stay in evaluation mode: they were trained with their dropout."""
@@ -67,7 +69,7 @@ class DiffusionModule(LightningModule):
 
     def on_before_batch_transfer(self, batch: Mapping, dataloader_idx: int) -> Mapping:
         if "error" in batch:
-            raise UserError(batch["error"])
+            raise (PassingError if batch["passing"] else UserError)(batch["error"])
         self.model.conditioning.check(batch)
         return batch
 
@@ -81,17 +83,21 @@ class DiffusionModule(LightningModule):
         torch.manual_seed(seed_of(p.seed, "network", batch["first"]))
         terms = self.objective(self.model, to_unit(batch["image"]), condition, draws)
         self.last_terms = LossTerms(*(term.detach() for term in terms))
-        return terms.loss.mean()
+        loss = terms.loss.mean()
+        return self.loss_scale(loss) if self.loss_scale else loss
 
     def on_train_batch_start(self, batch: Mapping, batch_idx: int) -> None:
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.learning_rate
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        self.nonfinite.forget()
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # DeepSpeed accumulates by itself and is asked to step at every micro-batch.
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
             self.images_seen += self.progress.batch_size
+            if self.loss_scale:
+                self.loss_scale.after_step(self.nonfinite.kept)
 
     @property
     def learning_rate(self) -> float:
@@ -101,6 +107,8 @@ class DiffusionModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer_choice.build(self.model)
         self.nonfinite = NonFinite(optimizer)
+        if self.loss_scale:
+            self.loss_scale.attach(p for p in self.model.parameters() if p.requires_grad)
         attach_ema(optimizer, {k: partial(self._decay, track) for k, track in self.ema.tracks.items()}, self.nonfinite)
         return optimizer
 

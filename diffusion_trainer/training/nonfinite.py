@@ -12,14 +12,18 @@ class NonFinite:
     """Makes a fused optimizer of torch skip steps in which a gradient holds NaN or infinity: weights, moments and step
     counters stay as they are.
 
-    Gradients must have been reduced over the ranks, so that all see the same. (ZeRO skips such steps by itself, at
-    the norm that it has reduced, and then does not call the optimizer.) torch looks for `found_inf` on the device;
-    that is what its GradScaler uses.
+    Gradients must have been reduced over the ranks, so that all see the same. torch looks for `found_inf` on the
+    device; that is what its GradScaler uses. ZeRO skips such steps by itself, at the norm that it has reduced, and then
+    does not call the optimizer: who takes a step calls `forget` before it.
     """
 
     def __init__(self, optimizer: Optimizer):
         self.kept: Tensor | float = 1.0  # 0 or 1, on the device: whether the step that is being taken is kept
         optimizer.register_step_pre_hook(self._before)
+
+    def forget(self) -> None:
+        """A step that does not come to the optimizer is not kept."""
+        self.kept = 0.0
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: Mapping[str, Any]) -> tuple | None:
         # Lightning computes the gradients inside step(), in the closure that it hands over.
@@ -35,6 +39,7 @@ class NonFinite:
     @torch.no_grad()
     def _look(self, optimizer: Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.kept = 1.0
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)
             self.kept = norm.isfinite().float()

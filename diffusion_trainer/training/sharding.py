@@ -45,11 +45,6 @@ class Sharding(ABC):
     def masters(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer steps on this rank, padding included."""
 
-    @property
-    def skipped(self) -> bool:
-        """Whether the strategy itself did not take the last step, because a gradient was not finite."""
-        return False
-
     @contextmanager
     def swapped(self, key: str) -> Iterator[bool]:
         """Inside, the model's weights are the optimizer's state `key` (its EMA); after, everything is as before.

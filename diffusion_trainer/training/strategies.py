@@ -161,10 +161,6 @@ class ZeroReplicatedWeights(Sharding):
     def masters(self) -> list[Tensor]:
         return list(self.zero.single_partition_of_fp32_groups)
 
-    @property
-    def skipped(self) -> bool:
-        return bool(self.zero.overflow)
-
     def slots(self) -> Iterator[Slot]:
         names = {p: name for name, p in self.model.named_parameters()}
         for master, group in zip(self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True):
@@ -193,10 +189,6 @@ class ZeroPartitionedWeights(Sharding):
 
     def masters(self) -> list[Tensor]:
         return list(self.zero.fp32_partitioned_groups_flat)
-
-    @property
-    def skipped(self) -> bool:
-        return bool(self.zero.overflow)
 
     def slots(self) -> Iterator[Slot]:
         names = {p: name for name, p in self.model.named_parameters()}

@@ -29,6 +29,7 @@ CUDA = pytest.param(
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")],
 )
 on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+slow_on_cpu = pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
 
 
 def settings(folder: Path, device: str, *more: str) -> list[str]:
@@ -54,10 +55,11 @@ def losses(folder: Path) -> list[float]:
         return [float(row["train/loss"]) for row in csv.DictReader(file)]
 
 
-@on_each_device
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@slow_on_cpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_lowers_the_loss(tmp_path, device, precision):
     more = [f"precision={precision}", "num_images=1280", "callbacks.checkpoint=null", "callbacks.evaluate=null"]
+    more += [*tiny.NETWORK, "optimizer.lr=0.005"] if precision == "fp16" else []  # CPUs are slow in it
     seen = losses(train_here(settings(tmp_path, device, *more)))
     assert len(seen) == 40
     assert np.mean(seen[-10:]) < 0.6 * np.mean(seen[:3])
@@ -79,7 +81,7 @@ def test_zero_on_one_device_trains_saves_and_resumes(tmp_path, device, monkeypat
     assert losses(tmp_path / "zero2") == pytest.approx(losses(whole), rel=1e-3 if device == "cpu" else 1e-2)
 
 
-@on_each_device
+@slow_on_cpu
 def test_samples_are_those_of_the_cpu(tmp_path, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     # A constant rate and a long half-life: the averages are far from the weights.
@@ -102,7 +104,7 @@ def draw(folder: Path, device: str) -> torch.Tensor:
 
 
 @on_each_device
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_waits_for_no_device(tmp_path, device, precision):
     config = load("train", [*settings(tmp_path, device, f"precision={precision}"), *tiny.NETWORK], TrainConfig)
     module = rank.module_of(config, tmp_path, rank.progress_of(config), device).to(device)
@@ -117,6 +119,8 @@ def step(module: DiffusionModule, optimizer: torch.optim.Optimizer, batch: dict)
     module.training_step(batch, 0).backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
+    if module.loss_scale:
+        module.loss_scale.after_step(module.nonfinite.kept)
     optimizer.zero_grad()
 
 
