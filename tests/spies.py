@@ -113,3 +113,14 @@ class Ledger(RunCallback):
             key = f"{self.data.samples.shards[shard].url}:{self.data.samples.key(shard, sample)}"
             self.file.write(json.dumps([batch["first"] + i * pieces, key]) + "\n")
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+
+class Trap(RunCallback):
+    """Breaks one rank once `at` images have been seen."""
+
+    def __init__(self, at: int, rank: int):
+        self.at, self.rank = at, rank
+
+    def after_step(self, previous: int) -> None:
+        if self.run.images_seen == self.at and self.run.agreement.rank == self.rank:
+            raise RuntimeError(f"the trap at {self.at}")

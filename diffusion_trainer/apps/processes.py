@@ -20,10 +20,12 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from torch import distributed
 
+from diffusion_trainer.apps import post_mortem
+from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS
 from diffusion_trainer.training.agreement import Agreement
 
 ROLLED_BACK = 75  # exit code (EX_TEMPFAIL of sysexits.h): to be started again, from an earlier checkpoint
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, ROLLED_BACK)  # exit codes of a rank that ended in order
+STOPPED = (*(128 + s for s in STOP_SIGNALS), ROLLED_BACK)  # exit codes of a rank that ended in order
 GRACE_SECONDS = 20  # between asking the other ranks to stop and killing them
 
 
@@ -92,11 +94,13 @@ def _before_exec() -> None:
 def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[int] = ()) -> int:
     """Runs `count` processes `python <arguments>` as ranks of one world; returns the exit code of the run.
 
-    Rank 0 writes to this terminal, rank r to <logs>/rank-<r>.log (as does its traceback). Ctrl-C and SIGTERM go to all
-    ranks; a third one kills them. When a rank fails, the others are asked to stop, then killed. inherited: descriptors
-    that the ranks keep open.
+    Rank 0 writes to this terminal, rank r to <logs>/rank-<r>.log (as does its traceback). Ctrl-C and the other
+    signals to stop go to all ranks; a third one kills them. When a rank fails, the others are asked to stop, then
+    killed, and a post-mortem is printed and written to <logs>/post-mortem.txt. inherited: descriptors that the ranks
+    keep open.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    post_mortem.clear(logs)
     threads = max(1, (os.cpu_count() or 1) // count)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -115,7 +119,7 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
             if process.poll() is None:
                 process.send_signal(number if len(received) < 3 else signal.SIGKILL)
 
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
     try:
         for rank in range(count):
             ranks.append(_start(rank, arguments, shared, logs, inherited))
@@ -147,30 +151,36 @@ def _start(
 def _wait(ranks: Sequence[subprocess.Popen], logs: Path, received: Sequence[int]) -> int:
     while True:
         codes = [process.poll() for process in ranks]
-        failed = [rank for rank, code in enumerate(codes) if code]
+        failed = {rank: code for rank, code in enumerate(codes) if code}
         if failed:
-            if received or all(codes[rank] in STOPPED for rank in failed):
+            if received or all(code in STOPPED for code in failed.values()):
                 _join(ranks)  # each of them is on its way out
+            failed = {rank: code for rank, code in failed.items() if code not in STOPPED} or failed
+            blame = post_mortem.culprit(logs, failed, len(ranks))  # before what the others do as they are stopped
             _stop(ranks)
-            return 128 + received[0] if received else _report(ranks, failed, logs)
+            return 128 + received[0] if received else _report(ranks, failed, blame, logs)
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
 
 
-def _report(ranks: Sequence[subprocess.Popen], failed: Sequence[int], logs: Path) -> int:
-    """The exit code of the failure that came first; says which rank it was unless that was a clean stop."""
-    rank = failed[0]
-    code = ranks[rank].returncode
-    if code == 2 and rank and ranks[0].returncode != 2:  # a user's mistake that only this rank could see
+def _report(ranks: Sequence[subprocess.Popen], failed: Mapping[int, int], blame: post_mortem.Blame, logs: Path) -> int:
+    """The run's exit code; says what happened unless that was a clean stop, or a user's mistake that has been shown.
+
+    failed: the exit codes of the ranks that had ended by themselves.
+    """
+    rank = blame.rank
+    code = failed.get(rank, next(iter(failed.values())))
+    if -code in STOP_SIGNALS:
+        print(f"rank {rank} was told to stop before it had anything to save.", file=sys.stderr)
+        return 128 - code
+    if code == 2 and rank and ranks[0].returncode != 2:  # that only this rank could see
         print((logs / f"rank-{rank}.log").read_text(errors="replace").strip(), file=sys.stderr)
     if code in (2, *STOPPED):
         return code
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    print(f"rank {rank} of {len(ranks)} {how}; the others were stopped.", file=sys.stderr)
-    log = logs / f"rank-{rank}.log"
-    if rank and log.is_file():
-        print(f"The end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:]), file=sys.stderr)
+    command = ["diffusion-trainer", *sys.argv[1:]]
+    text = post_mortem.screen(logs.parent, blame, failed, len(ranks), command)
+    post_mortem.tell(logs.parent, text, sys.stderr)
     return 1 if code < 0 else code
 
 
@@ -185,6 +195,7 @@ def _stop(ranks: Sequence[subprocess.Popen]) -> None:
     for process in ranks:
         if process.poll() is None:
             process.terminate()
+            process.send_signal(signal.SIGCONT)  # one that is stopped could not end: it writes its stacks, too
     for process in ranks:
         try:
             process.wait(max(0.1, end - time.monotonic()))

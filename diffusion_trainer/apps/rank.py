@@ -17,26 +17,33 @@ from torch import distributed
 import diffusion_trainer
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import initial, processes
+from diffusion_trainer.apps import initial, post_mortem, processes
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, dtype_of, generator_of
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.damage import CountDamage
 from diffusion_trainer.callbacks.evaluating import owed
+from diffusion_trainer.callbacks.heartbeat import Heartbeat
 from diffusion_trainer.callbacks.observing import Observing
 from diffusion_trainer.callbacks.run import Run, RunCallback
+from diffusion_trainer.callbacks.scaling import Scaling
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule, Progress
-from diffusion_trainer.training.rollbacks import Rollbacks
+from diffusion_trainer.training.rollbacks import Rollbacks, left_out
 from diffusion_trainer.training.trainer import resume_counters
 
 
 def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
-    """Trains; the exit code."""
+    """Trains; the exit code. What it fails with is in the folder's logs, too (post_mortem)."""
     quiet()
+    with post_mortem.recorded(folder / post_mortem.LOGS, world.rank, world.size):
+        return _train(config, folder, world)
+
+
+def _train(config: Mapping[str, Any], folder: Path, world: World) -> int:
     progress = progress_of(config)
     trainer_settings, strategy = (
         build(config["trainer"], "trainer", config["allowed_targets"]),
@@ -54,8 +61,11 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
         if world.rank == 0:
             print(f"  already at {started_at:,} images; a larger num_images trains on", flush=True)
         return 0
+    callbacks.sort(key=lambda callback: isinstance(callback, Heartbeat))  # last: see there
     if module.objective.observes:
         callbacks.insert(0, Observing())
+    if module.loss_scale:
+        callbacks.insert(0, Scaling())
     data = build(config["data"], "data", config["allowed_targets"])
     callbacks.insert(0, CountDamage(data.damage_budget, data.count))
     if world.rank == 0:
@@ -68,8 +78,7 @@ def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
     layout = Layout(progress.batch_size, world.size, world.rank, trainer_settings.accumulate_grad_batches)
 
     def loader() -> Any:
-        left_out = Rollbacks(folder).left_out(begin.started_at)
-        first, last = ((n + left_out) // progress.batch_size for n in (begin.started_at, progress.num_images))
+        first, last = ((n + begin.left_out) // progress.batch_size for n in (begin.started_at, progress.num_images))
         return data.loader(layout, progress.seed, progress.lanes, first, last)
 
     trainer.fit(module, datamodule=_Data(loader))
@@ -141,6 +150,7 @@ class _Begin(Callback):
                 print(f"  WARNING: {problem}\n  It is {aside.name} now; going on from {at}, the one before", flush=True)
         if first:
             Rollbacks(self.folder).forget_after(self.started_at)
+        self.left_out = left_out(self.folder, self.started_at, self.agreement)
         resume_counters(trainer, self.started_at // module.progress.batch_size)
         trainer.loggers = loggers_of(self.config, self.folder, self.agreement.rank, self.started_at)
 
@@ -190,7 +200,7 @@ def provenance(config: Mapping[str, Any], device: str) -> dict[str, Any]:
         "variance": config["variance"],
         "guidance": config["guidance"],
         "ema": config["ema"],
-        "precision": config["precision"],
+        **{name: config[name] for name in ("precision", "compile", "channels_last")},
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{os.cpu_count()}-core CPU",
         "versions": {
             "diffusion_trainer": diffusion_trainer.__version__,
@@ -221,4 +231,4 @@ def main() -> int:
         return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code

@@ -50,8 +50,8 @@ def processes_of(config: dict[str, Any], world: World | None) -> tuple[int, int]
 
 
 def main(overrides: Sequence[str]) -> int:
-    """The exit code: 0 done, 2 a mistake in the arguments, 130 or 143 stopped by a signal, 75 to be started
-    again (only where others started this process), 1 anything else.
+    """The exit code: 0 done, 2 a mistake in the arguments, 128 + n stopped by signal n, 75 to be started again (only
+    where others started this process), 76 no progress, 1 anything else.
     """
     config = configuration.load("train", overrides, TrainConfig)
     folder, world = Path(config["folder"]), processes.current()
@@ -75,8 +75,6 @@ def main(overrides: Sequence[str]) -> int:
         summarize(config, folder)
     if code == processes.ROLLED_BACK and first:
         print("Run the same command again to go on from the checkpoint before.", file=sys.stderr)
-    if code == 1 and first and checkpoints.latest(folder / "checkpoints"):
-        print("The newest checkpoint stands: run the same command again to resume from it.", file=sys.stderr)
     return code
 
 

@@ -3,15 +3,18 @@
 import signal
 from types import FrameType
 
-from diffusion_trainer.callbacks.run import RunCallback, crossed
+from diffusion_trainer.callbacks.run import STOP, RunCallback, crossed
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.saving import Saver
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SAVE_SECONDS = "save_seconds"  # in the run's state: what the checkpoint before took
 SAVE_TIMEOUT_SECONDS = 3600  # that ranks wait for the slowest to write, which holds up nothing
 
 
 class Checkpointing(RunCallback):
-    """A checkpoint every `every_n_images`, at the end, and when SIGINT or SIGTERM reaches any rank.
+    """A checkpoint every `every_n_images`, at the end, and when SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 reaches any
+    rank, or somebody makes the file <folder>/stop (and this has removed it).
 
     The handler only sets a flag. After each step the ranks agree on it; then all save and stop. A second SIGINT stops
     at once. A checkpoint is copied between two steps and written while training goes on. One that cannot be written (a
@@ -26,13 +29,14 @@ class Checkpointing(RunCallback):
 
     def start(self) -> None:
         run = self.run
-        self._saved_at: int | None = None
-        self._saving_at: int | None = None  # what is being written now
+        run.save_seconds = run.state.get(SAVE_SECONDS)
+        self._saved_at: int | None = run.images_seen  # the run begins with what is on the disk, or with no step
+        self._saving_at = self._saved_at  # what is being written now
         self._reserved = False
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
-        self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep)
+        self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep, reach=run.reach_images)
         run.stop, run.save, run.settle = self.stop, self.save, self.settle
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.run.stop_signal is not None and number == signal.SIGINT:
@@ -40,9 +44,12 @@ class Checkpointing(RunCallback):
             signal.raise_signal(number)
         self.run.stop_signal = number
 
+    def ask(self) -> tuple[float, float]:
+        return float(self.run.told_to_stop()), float(self._saver.failed)
+
     def after_step(self, previous: int) -> None:
         run = self.run
-        stop, failed = run.agreement.each_any([run.stop_signal is not None, self._saver.failed])
+        stop, failed = (share > 0 for share in run.answer(self))  # whether any rank says so
         done = run.images_seen >= run.module.progress.num_images
         if failed:
             self.settle()
@@ -64,6 +71,8 @@ class Checkpointing(RunCallback):
         self.save()
         run.stop_signal = max(s or 0 for s in run.agreement.gather(run.stop_signal))
         run.stopping = run.trainer.should_stop = True
+        if run.first:
+            (run.folder / STOP).unlink(missing_ok=True)
 
     def save(self) -> None:
         """What there is to save now is on the disk, or it has been said why not. All ranks must call it."""
@@ -87,13 +96,17 @@ class Checkpointing(RunCallback):
     def settle(self) -> None:
         """Waits for the save that is being written, and says what became of it."""
         run = self.run
+        run.beat("the wait for a checkpoint", SAVE_TIMEOUT_SECONDS)
         try:
             with run.aside():
                 self._saver.wait()
+            if self._saving_at != self._saved_at:
+                run.save_seconds = run.state[SAVE_SECONDS] = self._saver.seconds
             self._saved_at = self._saving_at
         except OSError as error:
             run.say(f"  WARNING: {error}")
         self._saving_at = self._saved_at
+        run.beat("what follows a step")
 
     def on_train_end(self, trainer, module) -> None:
         self.settle()

@@ -50,11 +50,13 @@ class EmaSnapshots(RunCallback):
             self._saver.begin(self.run.images_seen, {KEY: self._lengths})
 
     def _settle(self) -> None:
+        self.run.beat("the wait for a snapshot", SAVE_TIMEOUT_SECONDS)
         try:
             with self.run.aside():
                 self._saver.wait()
         except OSError as error:
             self.run.say(f"  WARNING: {error}")
+        self.run.beat("what follows a step")
 
     def on_train_end(self, trainer, module) -> None:
         self._settle()

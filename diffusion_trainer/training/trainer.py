@@ -63,7 +63,7 @@ class TrainerSettings:
         folder: Path,
     ) -> Trainer:
         device = self.device()
-        return Trainer(
+        trainer = Trainer(
             accelerator=device,
             devices=local_processes,
             num_nodes=nodes,
@@ -81,6 +81,16 @@ class TrainerSettings:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        _leave_signals(trainer)
+        return trainer
+
+
+def _leave_signals(trainer: Trainer) -> None:
+    """Signals are for callbacks.checkpointing alone."""
+    # Lightning's handler of SIGTERM talks to the other ranks, at whatever instruction each of them is.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    # Before each step it would tell all ranks whether that came, and read the answer from the device.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def resume_counters(trainer: Trainer, steps: int) -> None:

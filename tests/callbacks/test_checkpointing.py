@@ -15,8 +15,10 @@ from diffusion_trainer.apps.config import load
 from diffusion_trainer.apps.folder import write_config
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
-from diffusion_trainer.callbacks.checkpointing import Checkpointing
+from diffusion_trainer.callbacks.checkpointing import SAVE_TIMEOUT_SECONDS, STOP_SIGNALS, Checkpointing
+from diffusion_trainer.callbacks.last_words import RankFiles
 from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.watchdog import Watchdog
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training import saving
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
@@ -199,14 +201,82 @@ def test_one_that_is_asked_for_is_there_when_the_call_returns(run, tmp_path, mon
     assert asks.found.name == named(64)[0]
 
 
-class Signal(RunCallback):
+class At64(RunCallback):
+    """Does something to a run after its second step."""
+
+    def __init__(self, what):
+        self.what = what
+
     def after_step(self, previous):
         if self.run.images_seen == 64:
-            signal.raise_signal(signal.SIGTERM)
+            self.what(self.run)
 
 
-def test_a_stop_waits_until_its_checkpoint_is_there(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(rank, "CountDamage", lambda *_: Signal())
-    assert run(160, "callbacks.checkpoint.every_n_images=1000") == 128 + signal.SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_stop_waits_until_its_checkpoint_is_there(run, tmp_path, monkeypatch, number):
+    handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: At64(lambda run: signal.raise_signal(number)))
+    assert run(160, "callbacks.checkpoint.every_n_images=1000") == 128 + number
     assert names(tmp_path / "run") == [*named(64), "latest"]
-    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    assert not [thread for thread in threading.enumerate() if thread.name in ("checkpoint", "watchdog")]
+    assert [signal.getsignal(s) for s in STOP_SIGNALS] == handlers
+
+
+def test_a_stop_file_stops_once_and_then_the_run_goes_on_as_if_nothing_had_been(run, tmp_path, monkeypatch):
+    assert run(160, folder=tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(rank, "CountDamage", lambda *_: At64(lambda run: (run.folder / "stop").touch()))
+        assert run(160, "callbacks.checkpoint.every_n_images=1000") == 128 + signal.SIGTERM
+    assert names(tmp_path / "run") == [*named(64), "latest"]
+    assert not (tmp_path / "run" / "stop").exists()
+    assert run(160) == 0
+    ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_wait_for_a_slow_disk_is_no_hang(run, tmp_path, monkeypatch):
+    """Writing takes longer than hang_timeout_seconds: what is waited for is allowed SAVE_TIMEOUT_SECONDS."""
+    beat, write, told = Watchdog.beat, saving.write, []
+    monkeypatch.setattr(Watchdog, "beat", lambda self, *args: beat(self, *args) or told.append(args))
+    monkeypatch.setattr(saving, "write", lambda *args: told.append("writing") or time.sleep(0.1) or write(*args))
+    assert run(96, "callbacks.heartbeat.hang_timeout_seconds=100") == 0
+    for at in [n for n, entry in enumerate(told) if entry == "writing"]:
+        waits = [entry for entry in told[at + 1 :] if entry[0] == "the wait for a checkpoint"]
+        assert waits[0][1] == SAVE_TIMEOUT_SECONDS
+    beats = [entry for entry in told if entry != "writing"]
+    after = [beats[n + 1] for n, entry in enumerate(beats) if entry[0] == "the wait for a checkpoint"]
+    assert set(after) == {("what follows a step", 100), ("what follows a step", 1800)}  # 1800: until the first is over
+
+
+def test_a_run_leaves_nothing_of_its_heartbeat(run, tmp_path):
+    assert run(64) == 0
+    assert not list((tmp_path / "run" / "logs").iterdir())
+    handler = signal.getsignal(signal.SIGTERM)
+    assert run(96) == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+class Looks(RunCallback):
+    """Comes to its start before all others but what begins the run."""
+
+    def start(self):
+        self.handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
+
+
+def test_until_the_run_can_save_a_stop_is_just_the_end_and_no_handler_talks_to_other_ranks(run, monkeypatch):
+    looks, before = Looks(), [signal.getsignal(s) for s in STOP_SIGNALS]
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: looks)
+    assert run(32) == 0
+    assert looks.handlers == before
+
+
+def test_an_error_of_a_run_leaves_its_last_words(run, tmp_path, monkeypatch):
+    def fail(run):
+        raise ZeroDivisionError("at once")
+
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: At64(fail))
+    with pytest.raises(ZeroDivisionError):
+        run(160)
+    words = RankFiles(tmp_path / "run" / "logs", 0).failed.read_text()
+    assert "at step 2, 64 images (a training step):\nZeroDivisionError: at once" in words
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]

@@ -1,0 +1,172 @@
+"""Why a run ended, on one screen: from what its ranks have left in its folder, and how their processes ended.
+
+`python -m diffusion_trainer.apps.post_mortem <folder>` shows it where no parent has seen the processes (SLURM).
+"""
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import format_exception_only, format_tb
+from typing import TextIO
+
+from diffusion_trainer.callbacks.last_words import (
+    HANG,
+    STARVED,
+    RankFiles,
+    state_of,
+    unknown,
+    write_failure,
+)
+from diffusion_trainer.callbacks.watchdog import HUNG
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import whole
+
+LOGS = "logs"  # folder of a run
+FILE = "post-mortem.txt"  # in it
+RANKS = 16  # shown
+LINES = 20  # of a log
+LOST_PEER = ("closed by peer", "reset by peer", HANG)  # in the last words of a rank that is not to blame
+
+
+@contextmanager
+def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
+    """What a rank fails with inside is written to its file. A UserError says all by itself."""
+    files = RankFiles(logs, rank)
+    for path in (files.failed, files.state):
+        path.unlink(missing_ok=True)  # of an earlier start
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = "".join(format_exception_only(error)).strip()
+        try:
+            write_failure(files, state_of(files) or unknown(rank, world), what, format_tb(error.__traceback__))
+        except OSError as unwritten:
+            error.add_note(f"{files.failed} could not be written: {unwritten}")
+        raise
+
+
+def clear(logs: Path) -> None:
+    """Takes away what an earlier start has left: before any rank runs."""
+    for path in (logs / FILE, *logs.glob("failed-rank-*.txt"), *logs.glob("state-rank-*.json")):
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The rank that ended a run, and how."""
+
+    rank: int
+    how: str
+
+
+def culprit(logs: Path, codes: Mapping[int, int], world: int) -> Blame | None:
+    """The others fail because they have lost it. None if nothing tells.
+
+    codes: of the ranks that had ended before anybody asked them to. Of those who leave last words it is the one who did
+    first, unless these are about the loss of a peer: then it is a rank that left none (killed, or stopped), or that
+    waited for its data while the others waited for it.
+    """
+    ended = {rank: code for rank, code in codes.items() if code}
+    mistaken = [rank for rank, code in ended.items() if code == 2]
+    killed = [rank for rank, code in ended.items() if code < 0 and -code != signal.SIGABRT]
+    spoke = sorted(_failures(logs), key=lambda files: files.failed.stat().st_mtime_ns)
+    ranks, silent, starved = [files.rank for files in spoke], [], []
+    if spoke and any(sign in spoke[0].failed.read_text() for sign in LOST_PEER):
+        silent = [rank for rank in range(world) if rank not in (*ranks, *ended)]
+        starved = [files.rank for files in spoke if f"({STARVED})" in files.failed.read_text()]
+    rank = next(iter([*mistaken, *killed, *silent, *starved, *ranks, *ended]), None)
+    if rank is None:
+        return None
+    if rank in ended:
+        return Blame(rank, ending(ended[rank]))
+    return Blame(rank, "failed" if rank in ranks else "was not heard of (stopped, or lost)")
+
+
+def _failures(logs: Path) -> list[RankFiles]:
+    return [RankFiles(logs, _rank_of(path)) for path in sorted(logs.glob("failed-rank-*.txt"))]
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def ending(code: int) -> str:
+    """In words: an exit code, negative for a signal."""
+    if code < 0:
+        hint = " (perhaps the memory did not suffice)" if -code == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(-code).name}{hint}"
+    return "hung" if code == HUNG else f"failed with exit code {code}"
+
+
+def screen(folder: Path, blame: Blame | None, codes: Mapping[int, int], world: int, command: Sequence[str] = ()) -> str:
+    """One screen. codes: as for `culprit`; command: what started the run, and goes on with it."""
+    logs = folder / LOGS
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    who = f"rank {blame.rank} of {world} {blame.how}" if blame else "no rank has left a word"
+    rank = blame.rank if blame else None
+    lines = [f"post-mortem of {folder}, {now}: {who}; the others were stopped.", *_table(logs, rank, codes, world)]
+    if rank is not None:
+        lines += _last_words(RankFiles(logs, rank))
+    kinds = ("rank-*.log", "failed-rank-*.txt", "stacks-rank-*.txt")
+    left = [path.name for kind in kinds for path in sorted(logs.glob(kind))[:RANKS]]
+    return "\n".join([*lines, f"files in {logs}: {', '.join(left) or 'none'}", *_resume(folder, command)])
+
+
+def _table(logs: Path, blamed: int | None, codes: Mapping[int, int], world: int) -> list[str]:
+    lines, now = [f"  {'rank':>4}  {'host':<12} {'step':>9} {'images':>12}  how it ended; what it was at"], time.time()
+    for rank in range(min(world, RANKS)):
+        state, mark = state_of(RankFiles(logs, rank)), "*" if rank == blamed else " "
+        how = f"{ending(codes[rank])}; " if codes.get(rank) else ""
+        if state is None:
+            lines.append(f"{mark} {rank:>4}  {'?':<12} {'?':>9} {'?':>12}  {how}the start")
+        else:
+            numbers = f"{state.host[:12]:<12} {state.step:>9,} {state.images_seen:>12,}"
+            lines.append(f"{mark} {rank:>4}  {numbers}  {how}{state.doing}, {max(0, now - state.at):.0f} s ago")
+    return lines + ([f"  and {world - RANKS} more"] if world > RANKS else [])
+
+
+def _last_words(files: RankFiles) -> list[str]:
+    if files.failed.is_file():
+        return [files.failed.read_text().rstrip()]
+    if files.log.is_file():
+        return [f"the end of {files.log}:", *files.log.read_text(errors="replace").splitlines()[-LINES:]]
+    return []
+
+
+def _resume(folder: Path, command: Sequence[str]) -> list[str]:
+    latest = folder / "checkpoints" / "latest"
+    shown = f":\n  {shlex.join(command)}" if command else ""
+    if not latest.is_file():
+        return [f"There is no checkpoint yet: the same command begins anew{shown}"]
+    return [f"The newest checkpoint, {latest.read_text()}, stands: run the same command again to resume from it{shown}"]
+
+
+def tell(folder: Path, text: str, file: TextIO) -> None:
+    """The screen, and <folder>/logs/post-mortem.txt where that can be written."""
+    print(text, file=file)
+    try:
+        with whole(folder / LOGS / FILE) as part:
+            part.write_text(text + "\n")
+    except OSError as error:
+        print(f"{folder / LOGS / FILE} could not be written: {error}", file=file)
+
+
+def main() -> None:
+    """Nothing if no rank has left a word: the run did not fail. How many ranks there were is in what they have left."""
+    folder = Path(sys.argv[1])
+    logs = folder / LOGS
+    states = [state for path in logs.glob("state-rank-*.json") if (state := state_of(RankFiles(logs, _rank_of(path))))]
+    world = max([1, *(state.world for state in states), *(files.rank + 1 for files in _failures(logs))])
+    if blame := culprit(logs, {}, world):
+        tell(folder, screen(folder, blame, {}, world), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

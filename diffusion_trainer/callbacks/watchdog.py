@@ -1,0 +1,145 @@
+"""A thread that ends a process which makes no progress, once its stacks are written down."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion_trainer.callbacks.last_words import HANG, RankFiles, State, write_failure
+
+HUNG = 76  # exit code: nothing moved for as long as the time-out allows; to be started again
+LINGER_SECONDS = 2.0  # between a rank's stacks and its end: its peers, which wait for it, write theirs meanwhile
+LOCKED_SECONDS = 5.0  # after the time-out: Python itself does not run, its threads neither
+
+
+class Beat(NamedTuple):
+    """A sign of life."""
+
+    at: float  # time.monotonic
+    doing: str
+    allowed_seconds: float  # until the next
+
+
+class Watchdog:
+    """Ends this process with exit code 76 when no beat comes for as long as the last one allows.
+
+    It writes the stacks of all threads and, by SIGQUIT, of the worker processes to <logs>/stacks-rank-<r>.txt, the last
+    words to failed-rank-<r>.txt, kills the workers and ends the process, also from within a call that never returns. If
+    something holds Python's lock for ever, a thread without Python writes the stacks and ends it, with exit code 1.
+    SIGQUIT from outside writes the stacks, too, and training goes on. How far the process has come is written once a
+    second, if that has changed. An error on the way to a file is told once; the watch goes on.
+
+    A process that was suspended for longer than the time-out counts as hung.
+
+    progress: steps taken and images seen, asked from the thread.
+    """
+
+    def __init__(self, files: RankFiles, world: int, progress: Callable[[], tuple[int, int]]):
+        self.files, self.world, self.progress = files, world, progress
+        self.host = socket.gethostname()
+        self._last = Beat(time.monotonic(), "the start", float("inf"))
+        self._written: Beat | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self, allowed_seconds: float) -> None:
+        self.beat("the start", allowed_seconds)
+        self.files.logs.mkdir(parents=True, exist_ok=True)
+        self._file = self.files.stacks.open("a")
+        # Workers are forked, and inherit this: each writes its own stack into this file when it is sent SIGQUIT.
+        faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
+        self._arm(allowed_seconds)
+        self._thread.start()
+
+    def stop(self, well: bool) -> None:
+        """well: the process has not failed, and nobody will ask how far it had come."""
+        self._stopped.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGQUIT)
+        self._file.close()
+        if self.files.stacks.stat().st_size == 0:
+            self.files.stacks.unlink()
+        if well:
+            self.files.state.unlink(missing_ok=True)
+        else:
+            self._written = None  # a step may have ended since the last beat
+            self._tell_state()
+
+    def beat(self, doing: str, allowed_seconds: float) -> None:
+        self._last = Beat(time.monotonic(), doing, allowed_seconds)
+
+    def state(self) -> State:
+        last = self._last
+        at = time.time() - (time.monotonic() - last.at)
+        return State(self.files.rank, self.world, self.host, os.getpid(), last.doing, *self.progress(), at)
+
+    def _watch(self) -> None:
+        while True:
+            last = self._last
+            left = last.allowed_seconds - (time.monotonic() - last.at)
+            if left <= 0:
+                self._end(last)
+            self._tell_state()
+            self._arm(left)
+            if self._stopped.wait(min(1.0, left)):
+                return
+
+    def _arm(self, left: float) -> None:
+        faulthandler.dump_traceback_later(left + LOCKED_SECONDS, exit=True, file=self._file)
+
+    def _tell_state(self) -> None:
+        if self._written == self._last:
+            return
+        self._written = self._last
+        try:
+            self.files.state.write_text(self.state().json())
+        except OSError as error:
+            self._say(f"{self.files.state} cannot be written: {error}")
+
+    def _end(self, last: Beat) -> None:
+        """Last words first: they are short, and a full disk or a dead file system may stop what comes after."""
+        idle, workers = time.monotonic() - last.at, multiprocessing.active_children()
+        what = f"{HANG} {idle:.0f} s; all stacks are in {self.files.stacks}"
+        main = sys._current_frames()[threading.main_thread().ident]
+        try:
+            self._written = None
+            self._tell_state()
+            write_failure(self.files, self.state(), what, traceback.format_stack(main))
+            self._write_stacks(what, [worker.pid for worker in workers])
+            time.sleep(LINGER_SECONDS)
+        except OSError as error:
+            self._say(f"the stacks cannot be written: {error}")
+        finally:
+            self._say(f"{what}. It ends here with exit code {HUNG}")
+            for worker in workers:
+                worker.kill()
+            os._exit(HUNG)
+
+    def _write_stacks(self, what: str, workers: list[int]) -> None:
+        children = "".join(f"  worker process {pid}: {_kernel_state(pid)}\n" for pid in workers)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(self._file.fileno(), f"\n{now}: {self.state()}:\n{what}\n{children}".encode())
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        for pid in workers:
+            os.kill(pid, signal.SIGQUIT)
+
+    def _say(self, text: str) -> None:
+        # Not print: the thread that hangs may hold the lock of the stream.
+        os.write(2, f"rank {self.files.rank} of {self.world} on {self.host}: {text}\n".encode())
+
+
+def _kernel_state(pid: int) -> str:
+    """As Linux names it: S (sleeping), T (stopped), D (disk sleep), Z (zombie)."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.is_file():
+        return "unknown"
+    return next(line.split(None, 1)[1].strip() for line in status.read_text().splitlines() if line.startswith("State:"))

@@ -1,0 +1,177 @@
+"""Who ended a run, told from what its ranks have left: the cause, not those who fail because they have lost it."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffusion_trainer.apps import post_mortem
+from diffusion_trainer.apps.post_mortem import Blame, culprit, recorded, screen
+from diffusion_trainer.callbacks.last_words import HANG, RankFiles, State, write_failure
+from diffusion_trainer.callbacks.watchdog import HUNG
+from diffusion_trainer.conventions import UserError
+
+LOST = "RuntimeError: [enforce fail] Connection closed by peer [127.0.0.1]:1234"
+HUNG_WORDS = f"{HANG} 6 s; all stacks are in there"
+
+
+@pytest.fixture
+def logs(tmp_path) -> Path:
+    (tmp_path / "logs").mkdir()
+    return tmp_path / "logs"
+
+
+def state(rank: int, doing: str = "a training step") -> State:
+    return State(rank, 3, f"node{rank}", 100 + rank, doing, 30 + rank, 480 + 16 * rank, time.time() - 7)
+
+
+def speak(logs: Path, rank: int, what: str, at: int, doing: str = "a training step") -> None:
+    files = RankFiles(logs, rank)
+    write_failure(files, state(rank, doing), what, [f'  File "x.py", line {n}, in f{n}\n' for n in range(30)])
+    os.utime(files.failed, ns=(at, at))
+
+
+CASES = {  # what ranks said, in that order (rank, words, doing); exit codes; who is to blame, and how
+    "an exception, before its peer lost it": (
+        [(1, "ValueError: no", "x"), (0, LOST, "x")], {0: 1, 1: 1}, Blame(1, "failed with exit code 1")),
+    "an exception of a rank that is slower to end than its peers": (
+        [(2, "ValueError: no", "x"), (0, LOST, "x")], {0: 1}, Blame(2, "failed")),
+    "a killed rank, whose peer has failed": (
+        [(0, LOST, "x")], {0: 1, 1: -9}, Blame(1, "was killed by SIGKILL (perhaps the memory did not suffice)")),
+    "a fault of memory": ([(0, LOST, "x")], {1: -11}, Blame(1, "was killed by SIGSEGV")),
+    "a library that aborts once its peer has failed": (
+        [(1, "ValueError: no", "x")], {0: -6, 1: 1}, Blame(1, "failed with exit code 1")),
+    "a library that aborts": ([], {2: -6}, Blame(2, "was killed by SIGABRT")),
+    "a mistake that one rank alone can see": (
+        [(0, LOST, "x")], {0: 1, 2: 2}, Blame(2, "failed with exit code 2")),
+    "a stopped rank: the others wait for it": (
+        [(0, HUNG_WORDS, "x"), (2, HUNG_WORDS, "x")], {0: HUNG}, Blame(1, "was not heard of (stopped, or lost)")),
+    "a rank without data: the others wait for it": (
+        [(0, HUNG_WORDS, "x"), (2, HUNG_WORDS, "waiting for data"), (1, HUNG_WORDS, "x")], {0: HUNG, 2: HUNG, 1: HUNG},
+        Blame(2, "hung")),
+    "a hang of all": ([(r, HUNG_WORDS, "x") for r in (2, 0, 1)], dict.fromkeys(range(3), HUNG), Blame(2, "hung")),
+    "under SLURM, a killed rank": (
+        [(0, LOST, "x"), (2, LOST, "x")], {}, Blame(1, "was not heard of (stopped, or lost)")),
+    "under SLURM, an exception": ([(1, "ValueError: no", "x"), (0, LOST, "x")], {}, Blame(1, "failed")),
+    "before any rank could say a word": ([], {1: 1}, Blame(1, "failed with exit code 1")),
+    "nothing is known": ([], {}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_cause_is_blamed(logs, case):
+    words, codes, expected = CASES[case]
+    for at, (rank, what, doing) in enumerate(words):
+        speak(logs, rank, what, at * 10**9, doing)
+    assert culprit(logs, codes, world=3) == expected
+
+
+def test_one_screen_has_what_a_person_asks_first(tmp_path, logs):
+    for rank in (0, 1):
+        RankFiles(logs, rank).state.write_text(state(rank).json())
+    speak(logs, 1, "ValueError: no", 1)
+    RankFiles(logs, 1).log.write_text("much\n" * 1000)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("images-000000000320")
+    blame, command = Blame(1, "failed with exit code 1"), ["diffusion-trainer", "train", "data.shards=a b"]
+    text = screen(tmp_path, blame, {1: 1}, 3, command)
+    lines = text.splitlines()
+    assert len(lines) < 30
+    assert lines[0].startswith(f"post-mortem of {tmp_path}, ")
+    assert lines[0].endswith(": rank 1 of 3 failed with exit code 1; the others were stopped.")
+    assert [line.split()[:4] for line in lines[2:5]] == [
+        ["0", "node0", "30", "480"], ["*", "1", "node1", "31"], ["2", "?", "?", "?"],
+    ]  # fmt: skip
+    assert "failed with exit code 1; a training step, 7 s ago" in lines[3]
+    assert "ValueError: no" in lines
+    assert "in f29" in text  # the innermost of thirty
+    assert "in f18" in text
+    assert "in f17" not in text
+    assert "rank-1.log, failed-rank-1.txt" in text
+    assert lines[-2].startswith("The newest checkpoint, images-000000000320, stands: run the same command again")
+    assert lines[-1] == "  diffusion-trainer train 'data.shards=a b'"
+
+
+def test_a_thousand_ranks_are_one_screen_too(tmp_path, logs):
+    for rank in range(1000):
+        speak(logs, rank, LOST, rank)
+    text = screen(tmp_path, Blame(700, "was killed by SIGKILL"), {700: -9}, 1000)
+    assert len(text.splitlines()) < 45
+    assert "and 984 more" in text
+    assert "There is no checkpoint yet" in text
+
+
+def broken(files: RankFiles, state: State | None) -> None:
+    """Trains until `state`, then fails."""
+    with recorded(files.logs, files.rank, 3):
+        if state:
+            files.state.write_text(state.json())
+        raise ZeroDivisionError("none")
+
+
+def test_an_error_is_recorded_with_its_innermost_frames_and_goes_on_its_way(logs):
+    files = RankFiles(logs, 1)
+    files.state.write_text(state(1).json())  # of an earlier start
+    with pytest.raises(ZeroDivisionError):
+        broken(files, state(1, "an evaluation"))
+    words = files.failed.read_text()
+    assert ": rank 1 of 3 on node1 (pid 101), at step 31, 496 images (an evaluation):\nZeroDivisionError: none" in words
+    assert "in broken" in words
+
+
+def test_an_error_before_anything_is_recorded_as_well(tmp_path):
+    files = RankFiles(tmp_path / "logs", 1)
+    with pytest.raises(ZeroDivisionError):
+        broken(files, None)
+    assert f"(pid {os.getpid()}), at step 0, 0 images (the start)" in files.failed.read_text()
+
+
+def test_a_disk_that_takes_no_words_hides_no_error(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    RankFiles(tmp_path / "logs", 0).failed.with_name(".failed-rank-0.txt.part").mkdir()
+    with pytest.raises(ZeroDivisionError) as caught:
+        broken(RankFiles(tmp_path / "logs", 0), None)
+    assert "failed-rank-0.txt could not be written" in caught.value.__notes__[0]
+    (tmp_path / "logs" / f".{post_mortem.FILE}.part").mkdir()
+    post_mortem.tell(tmp_path, "who it was", sys.stdout)
+    said = capsys.readouterr().out
+    assert said.startswith("who it was\n")
+    assert f"{post_mortem.FILE} could not be written" in said
+
+
+def test_a_mistake_of_the_user_is_none_and_what_an_earlier_start_has_left_is_gone(logs):
+    speak(logs, 1, "of an earlier start", 1)
+    with pytest.raises(UserError), recorded(logs, 1, 2):
+        raise UserError("no")
+    assert list(logs.iterdir()) == []
+    for rank in range(3):
+        speak(logs, rank, "of an earlier start", 1)
+        RankFiles(logs, rank).state.write_text(state(rank).json())
+    (logs / post_mortem.FILE).write_text("")
+    RankFiles(logs, 1).log.write_text("")
+    post_mortem.clear(logs)
+    assert [path.name for path in logs.iterdir()] == ["rank-1.log"]
+
+
+def test_a_job_script_can_show_it(tmp_path, logs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["post_mortem", str(tmp_path)])
+    post_mortem.main()
+    assert capsys.readouterr().out == ""  # of a run that did not fail
+    speak(logs, 0, LOST, 1)
+    RankFiles(logs, 2).state.write_text(state(2).json())
+    speak(logs, 2, LOST, 2)
+    post_mortem.main()
+    said = capsys.readouterr().out
+    assert ": rank 1 of 3 was not heard of (stopped, or lost);" in said
+    assert (logs / post_mortem.FILE).read_text() == said
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(1, "failed with exit code 1"), (HUNG, "hung"), (-signal.SIGBUS, "was killed by SIGBUS")],
+)
+def test_ends_in_words(code, words):
+    assert post_mortem.ending(code) == words
