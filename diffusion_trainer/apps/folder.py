@@ -14,6 +14,7 @@ from diffusion_trainer.evaluation.writing import whole
 
 # What may differ when a run goes on: how and how long it is computed and watched, not what is computed.
 MAY_CHANGE = (
+    "resume",
     "name",
     "folder",
     "allowed_targets",
@@ -30,6 +31,7 @@ MAY_CHANGE = (
     "guidance",
 )
 ORDER = "order"  # of the samples: the fingerprint of the data
+JOB = "job.sbatch"  # the script that apps/submit.py last submitted
 MAY_CHANGE_INSIDE = (
     "network.checkpoint_blocks",
     "data.sources.*.shards",
@@ -39,6 +41,8 @@ MAY_CHANGE_INSIDE = (
     "data.store",
     "data.damage_budget",
 )
+# What may not even with resume.allow_config_change: a checkpoint's progress and optimizer state would not fit.
+MUST_STAY = ("batch_size", "optimizer._target_", "ema._target_", "ema.profiles*")
 
 
 @contextmanager
@@ -63,23 +67,33 @@ def held(folder: Path) -> Iterator[int]:
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:
-    """UserError if the folder holds another run, or something that is no run."""
+    """UserError if the folder holds another run, or something that is no run. A change that is allowed is shown."""
     if not folder.exists():
         return
     if not (folder / "config.yaml").is_file():
-        strangers = [name for name in sorted(os.listdir(folder)) if name not in (".lock", "logs")]
+        strangers = [name for name in sorted(os.listdir(folder)) if name not in (".lock", "logs", JOB)]
         if strangers:
             raise UserError(
                 f"{folder} is not empty and holds no run ({strangers[0]}, ...); choose another name=... or folder=..."
             )
         return
     changes = differences(read(folder / "config.yaml"), config)
-    if changes:
-        shown = "\n".join(f"  {line}" for line in changes[:10]) + ("\n  ..." if len(changes) > 10 else "")
+    if not changes:
+        return
+    shown = "\n".join(f"  {line}" for line in changes[:10]) + ("\n  ..." if len(changes) > 10 else "")
+    if not config["resume"]["allow_config_change"]:
         raise UserError(
             f"{folder} holds another run; its configuration differs:\n{shown}\n"
-            "Give this one another name (name=...), take the changes back to resume that one, or remove the folder."
+            "Give this one another name (name=...), take the changes back to resume that one, or go on with them: "
+            "resume.allow_config_change=true"
         )
+    stuck = [c for c in changes if any(fnmatchcase(c.split(":")[0], fixed) for fixed in MUST_STAY)]
+    if stuck:
+        raise UserError(
+            "\n  ".join([f"these cannot change in {folder}, whose checkpoints would not fit:", *stuck])
+            + f"\nBegin another run with its weights: name=... init_from={folder}"
+        )
+    print(f"the configuration of {folder} is another from here on:\n{shown}", flush=True)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

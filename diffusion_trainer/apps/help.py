@@ -2,6 +2,8 @@
 
 from diffusion_trainer.apps.config import CONF
 
+ALSO = {"submit": "train"}  # a verb -> the one whose arguments it takes, too
+
 
 def describe(verb: str) -> str:
     """The verb's own keys with their comments, then each group with its options."""
@@ -18,6 +20,8 @@ def describe(verb: str) -> str:
     names = [f"{option.parent.name}={option.stem}" for option in options]
     width = max(map(len, names), default=0)
     lines += [f"  {name:<{width}}  {_purpose(o.read_text())}" for name, o in zip(names, options, strict=True)]
+    if verb in ALSO:
+        lines += ["", "and those of", "", describe(ALSO[verb])]
     return "\n".join(lines)
 
 

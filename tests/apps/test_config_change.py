@@ -1,0 +1,77 @@
+"""A run goes on with another configuration only when that is asked for, and never with one that does not fit."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+from written_runs import config_of, write_run
+
+from diffusion_trainer.apps import folder as folders
+from diffusion_trainer.apps import train
+from diffusion_trainer.apps.config import load, read
+from diffusion_trainer.apps.parts import TrainConfig
+from diffusion_trainer.conventions import UserError
+
+RUN, ALLOWED = Path("runs/digits"), "resume.allow_config_change=true"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return tiny.overrides(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(autouse=True)
+def begun(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(RUN, config_of(shards, "num_images=64"), images=32)
+
+
+def preflight(shards, *overrides):
+    train.preflight(config_of(shards, "num_images=64", *overrides), 2, RUN)
+
+
+def refused(shards, *overrides):
+    with pytest.raises(UserError) as error:
+        preflight(shards, *overrides)
+    return str(error.value)
+
+
+def test_a_change_is_refused_unless_it_is_allowed_and_shown_either_way(shards, capsys):
+    change = ["optimizer.lr=0.5", "condition_dropout=0.2"]
+    shown = "  optimizer.lr: 0.002 there, 0.5 here\n  condition_dropout: 0.1 there, 0.2 here\n"
+    message = refused(shards, *change)
+    assert shown in message
+    assert ALLOWED in message
+    preflight(shards, *change, ALLOWED)
+    assert f"the configuration of {RUN} is another from here on:\n{shown}" in capsys.readouterr().out
+
+
+def test_the_permission_is_no_change_itself(shards, capsys):
+    preflight(shards, ALLOWED)
+    folders.write_config(RUN, config_of(shards, "num_images=64", ALLOWED))
+    preflight(shards)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_from_before_there_was_this_key_resumes(shards):
+    old = {key: value for key, value in read(RUN / "config.yaml").items() if key != "resume"}
+    folders.write_config(RUN, old)
+    preflight(shards)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["batch_size=16"], "batch_size: 32 there, 16 here"),
+        (["ema=several"], "ema._target_: "),
+        (["network.base_channels=32"], "another architecture"),
+    ],
+)
+def test_what_does_not_fit_the_checkpoints_is_refused_all_the_same(shards, overrides, says):
+    assert says in refused(shards, *overrides, ALLOWED)
+
+
+@pytest.mark.parametrize("wrong", ["resume.allow_config_change=maybe", "+resume.allow=true"])
+def test_the_key_is_of_the_schema(wrong):
+    with pytest.raises(UserError, match=r"resume\.allow"):
+        load("train", [wrong], TrainConfig)
