@@ -1,0 +1,186 @@
+"""The doctor's checks of what the run writes to: its folder, how fast a checkpoint gets there, and temporary files."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from diffusion_trainer.apps.doctor_facts import Run, nearest, scratch
+from diffusion_trainer.apps.findings import (
+    Check,
+    Finding,
+    Measured,
+    Process,
+    error,
+    grouped,
+    nodes_of,
+    ok,
+    size_of,
+    time_of,
+    warning,
+)
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.checkpoint_files import write_tensors
+
+WRITTEN_BYTES = 1 << 24  # by each process, to see how fast
+TMPDIR_BYTES = 100_000_000  # for sockets and logs of libraries
+COMPILING_BYTES = 2_000_000_000  # torch.compile keeps what it has made there
+SHARED_MEMORY_BYTES = 1_000_000_000  # NCCL between the GPUs of a node; containers often have 64 MB
+
+
+@dataclass(frozen=True)
+class Folder(Check):
+    """Whether all nodes see the run's folder, and whether there is room for its checkpoints."""
+
+    run: Run
+
+    name = "run folder"
+    mend = "choose another folder=... on a file system that all nodes see and may write to"
+    seconds = float("inf")
+
+    def measure(self, here: Process, agreement: Agreement) -> Mapping[str, Any] | None:
+        problem = _unseen(self.run.folder, here.rank == 0, agreement)
+        if not here.leads:
+            return None
+        at, needed = nearest(self.run.folder), self.run.disk_bytes
+        there = sum(p.stat().st_size for p in self.run.folder.glob("*/images-*/*"))
+        return {
+            "problem": problem,
+            "path": str(at),
+            "free": shutil.disk_usage(at).free,
+            "needed": max(0, needed - there),
+        }
+
+    def judge(self, measured: Measured) -> Iterator[Finding]:
+        problems = grouped([(p, v["problem"]) for p, v in measured if v["problem"]])
+        for problem, processes in problems.items():
+            yield error(self.name, problem, self.mend, nodes_of(processes))
+        _, least = min(measured, key=lambda item: item[1]["free"])
+        says = f"{size_of(least['free'])} free in {least['path']}, {size_of(least['needed'])} for checkpoints"
+        if least["free"] < least["needed"]:
+            mend = "make room, choose another folder=..., or keep fewer: callbacks.checkpoint.keep=1"
+            yield error(self.name, says, mend)
+        elif not problems:
+            yield ok(self.name, says)
+
+
+def _unseen(folder: Path, first: bool, agreement: Agreement) -> str | None:
+    """Why the run's folder cannot be used here: the first process cannot write, or what it has written is not here."""
+    if not first:
+        path = agreement.gather(None)[0]
+        seen = path is None or Path(path).exists()  # where it could not write, it says so
+        agreement.any(False)
+        return None if seen else f"{folder.absolute()} is not the folder that rank 0 writes to"
+    told = False
+    try:
+        with scratch(folder) as path:
+            told = True
+            agreement.gather(str(path.absolute()))
+            agreement.any(False)
+    except OSError as problem:
+        return f"{type(problem).__name__}: {problem}"
+    finally:
+        if not told:
+            agreement.gather(None)
+            agreement.any(False)
+    return None
+
+
+@dataclass(frozen=True)
+class Saving(Check):
+    """How long a checkpoint takes: some megabytes are written just so, by all processes that will write, at once."""
+
+    run: Run
+    lead_seconds: float
+
+    name = "saving"
+    mend = "choose another folder=... that can be written to"
+    seconds = 20
+
+    def measure(self, here: Process, agreement: Agreement) -> Mapping[str, float] | None:
+        if here.rank and not self.run.sharded:
+            return None
+        count = max(4096, min(WRITTEN_BYTES, self.run.checkpoint_bytes) // 4)
+        tensors = {"numbers": torch.rand(count)}  # what can be compressed would be written faster
+        with scratch(self.run.folder) as path:
+            begin = perf_counter()
+            written = write_tensors(path / "numbers", tensors)
+            speed = written.size / (perf_counter() - begin)
+        return {"speed": speed, "bytes": self.run.checkpoint_bytes}
+
+    def judge(self, measured: Measured) -> Iterator[Finding]:
+        nodes = grouped([(p, p.node) for p, _ in measured])  # of replicated state only rank 0's
+        speeds = {node: sum(v["speed"] for p, v in measured if p.node == node) for node in nodes}
+        total = measured[0][1]["bytes"]
+        takes = max(total / len(nodes) / speed for speed in speeds.values())
+        says = f"a checkpoint of {size_of(total)} takes about {time_of(takes)} ({size_of(sum(speeds.values()))}/s)"
+        lead = f"the signal comes {self.lead_seconds:.0f} s before the end"
+        mend = (
+            f"submit with --signal=TERM@{max(60, round(4 * takes))} (and tell the doctor: doctor.signal_lead_seconds), "
+            "or choose a faster file system for folder=..."
+        )
+        if takes > self.lead_seconds:
+            yield error(self.name, f"{says}; {lead}", mend)
+        elif 2 * takes > self.lead_seconds:
+            yield warning(self.name, f"{says}, twice that if one is being written already; {lead}", mend)
+        else:
+            yield ok(self.name, f"{says}; {lead}")
+
+
+@dataclass(frozen=True)
+class TemporaryFiles(Check):
+    """$TMPDIR. Checkpoints do not go through it, but libraries want it, torch.compile most of all."""
+
+    compiles: bool
+
+    name = "$TMPDIR"
+    mend = "export TMPDIR=<a folder on a local disk of the node> in the job's script"
+
+    def measure(self, here: Process, agreement: Agreement) -> Mapping[str, Any] | None:
+        if not here.leads:
+            return None
+        folder = os.environ.get("TMPDIR") or tempfile.gettempdir()  # Python passes over one that cannot be written
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+        needed = COMPILING_BYTES if self.compiles else TMPDIR_BYTES
+        return {"path": folder, "free": shutil.disk_usage(folder).free, "needed": needed}
+
+    def judge(self, measured: Measured) -> Iterator[Finding]:
+        yield from _room(self, measured)
+
+
+@dataclass(frozen=True)
+class SharedMemory(Check):
+    """/dev/shm. Batches do not go through it; NCCL between the GPUs of a node does, and semaphores."""
+
+    run: Run
+
+    name = "/dev/shm"
+    mend = "start the container with more of it: --shm-size=8g, or --ipc=host"
+
+    def measure(self, here: Process, agreement: Agreement) -> Mapping[str, Any] | None:
+        if not here.leads or sys.platform != "linux":
+            return None
+        needed = SHARED_MEMORY_BYTES if self.run.gpu and self.run.local_size > 1 else 1_000_000
+        return {"path": "/dev/shm", "free": shutil.disk_usage("/dev/shm").free, "needed": needed}
+
+    def judge(self, measured: Measured) -> Iterator[Finding]:
+        yield from _room(self, measured)
+
+
+def _room(check: Check, measured: Measured) -> Iterator[Finding]:
+    small = [(p, (v["path"], v["free"], v["needed"])) for p, v in measured if v["free"] < v["needed"]]
+    for (path, free, needed), processes in grouped(small).items():
+        says = f"{size_of(free)} free in {path}, {size_of(needed)} may be needed"
+        yield warning(check.name, says, check.mend, nodes_of(processes))
+    if not small:
+        least = min((v for _, v in measured), key=lambda v: v["free"])
+        yield ok(check.name, f"{size_of(least['free'])} free in {least['path']}")

@@ -1,0 +1,318 @@
+"""diffusion-trainer doctor: a healthy run is found healthy, and each thing that is spoilt is found, with its remedy."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+from diffusion_trainer.apps import cli as console
+from diffusion_trainer.apps import doctor
+from diffusion_trainer.apps.doctor_disk import TemporaryFiles
+from diffusion_trainer.apps.doctor_facts import Run, scratch
+from diffusion_trainer.apps.doctor_run import unreachable
+from diffusion_trainer.apps.findings import Check, Process, examine, judge, ok
+from diffusion_trainer.apps.meeting import Absent, meeting
+from diffusion_trainer.apps.processes import World
+from diffusion_trainer.conventions import PassingError, UserError
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.checkpoints import Checkpoint, latest
+
+DIGITS = ["experiment=digits", *SMALL]
+ALONE = Process(0, "here")
+
+
+@pytest.fixture(autouse=True)
+def _here(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture
+def found(tmp_path, capsys):
+    """found(*arguments) -> (exit code, the findings that are not ok, all of them, what is on the screen)."""
+
+    def run(*arguments: str):
+        code = console.run(["doctor", *DIGITS, f"out='{tmp_path}/report.json'", *arguments])
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["exit_code"] == code
+        findings = report["findings"]
+        return code, [f for f in findings if f["status"] != "ok"], findings, capsys.readouterr().out
+
+    return run
+
+
+def test_a_healthy_run_is_healthy_and_leaves_nothing_behind(found, workplace):
+    before = sorted(workplace.rglob("*"))
+    code, wrong, findings, screen = found("logger=default")
+    assert (code, wrong) == (0, [])
+    names = ["versions", "devices", "matmul", "batch", "data", "config", "cores", "memory", "open files", "$TMPDIR",
+             "/dev/shm", "wandb", "saving", "run folder"]  # fmt: skip
+    assert [f["check"] for f in findings] == names
+    assert "16 = 2 processes x 1 micro-batch x 8, 4 lanes, 6,400 steps" in screen
+    assert "1,500 samples in 6 shards" in screen
+    assert screen.rstrip().endswith("all is well")
+    assert {p for p in workplace.rglob("*") if p.name != "report.json"} == set(before)
+
+
+def test_the_configuration_is_that_of_train(found):
+    assert console.run(["doctor", "--help"]) == 0
+    with pytest.raises(UserError, match=r"did you mean optimizer\.lr"):
+        found("optimizer.lrr=1")
+    with pytest.raises(UserError, match=r"did you mean doctor\.slow"):
+        found("doctor.slo=1")
+    with pytest.raises(UserError, match=r"shares in \(0, 1\]"):
+        found("doctor.slow=1.5")
+
+
+def test_a_batch_that_does_not_divide_is_said_once_and_train_would_refuse(found):
+    code, wrong, findings, _ = found("doctor.processes=6")
+    assert (code, [f["check"] for f in wrong]) == (2, ["batch"])
+    assert "use a multiple of 6" in wrong[0]["remedy"]
+    assert "matmul" in [f["check"] for f in findings]  # the machine is looked at all the same
+
+
+def test_shards_that_are_not_there(found):
+    code, wrong, _, _ = found("data.shards='nothing/*.tar'")
+    assert (code, [f["check"] for f in wrong]) == (2, ["data"])
+    assert "no file matches nothing/*.tar" in wrong[0]["remedy"]
+
+
+@pytest.mark.parametrize(("spoil", "status"), [("remove", "error"), ("zero", "warning")])
+def test_a_shard_that_is_gone_or_damaged_is_named(found, digits, tmp_path, spoil, status):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for path in digits.iterdir():
+        (mine / path.name).write_bytes(path.read_bytes())
+    last = mine / "train-000005.tar"
+    if spoil == "remove":
+        last.unlink()
+    else:
+        data = bytearray(last.read_bytes())
+        data[:1536] = bytes(1536)
+        last.write_bytes(data)
+    _, wrong, _, _ = found(f"data.shards='{mine}/train-{{000000..000005}}.tar'")
+    assert [(f["check"], f["status"]) for f in wrong] == [("data", status)]
+    assert "train-000005.tar" in wrong[0]["value"]
+    assert "diffusion-trainer in" in wrong[0]["remedy"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 kB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", path], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"only who may mount can have a small file system here: {made.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_disk_that_is_too_small_or_full(found, small_disk):
+    code, wrong, _, _ = found(f"folder='{small_disk}/run'")
+    assert code == 1
+    assert {f["check"] for f in wrong} == {"run folder", "saving"}
+    room = next(f for f in wrong if f["check"] == "run folder")
+    assert "for checkpoints" in room["value"]
+    assert "choose another folder" in room["remedy"]
+    (small_disk / "full").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
+    _, wrong, _, _ = found(f"folder='{small_disk}/run'")
+    said = {f["check"]: f["value"] for f in wrong}
+    assert "No space left on device" in said["saving"]
+    assert f"0 B free in {small_disk}" in said["run folder"]
+    assert sorted(p.name for p in small_disk.iterdir()) == ["full"]
+
+
+def test_a_folder_that_nobody_can_write_to_is_said_with_its_room(found):
+    _, wrong, _, _ = found("folder=/proc/run")
+    said = [f["value"] for f in wrong if f["check"] == "run folder"]
+    assert len(said) == 2
+    assert "FileNotFoundError" in said[0]
+    assert "0 B free in /proc" in said[1]
+
+
+def test_tmpdir_is_tried_even_where_python_would_take_another(small_disk, monkeypatch):
+    check = TemporaryFiles(compiles=False)
+    monkeypatch.setenv("TMPDIR", str(small_disk))
+    one = judged(check, check.measure(ALONE, Agreement()))
+    assert one.status == "warning"
+    assert "export TMPDIR" in one.remedy
+    monkeypatch.setenv("TMPDIR", "/no/such/folder")
+    measured = examine([check], ALONE, Agreement(), lambda: 10)
+    (one,) = judge([check], [(ALONE, measured)])
+    assert (one.status, one.remedy) == ("error", check.mend)
+    assert "FileNotFoundError" in one.value
+
+
+def judged(check: Check, value):
+    (one,) = check.judge([(ALONE, value)])
+    return one
+
+
+def test_what_a_kill_leaves_keeps_no_run_from_beginning(tmp_path):
+    """A run may begin in an empty folder, and in one that has logs."""
+    folder = tmp_path / "run"
+    with scratch(folder) as path:
+        assert path.parent == tmp_path
+    folder.mkdir()
+    with scratch(folder) as path:
+        assert path.parent == folder / "logs"
+    assert list((folder / "logs").iterdir()) == []
+
+
+def closed_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_a_server_of_curves_that_does_not_answer(found, monkeypatch):
+    monkeypatch.setattr("diffusion_trainer.apps.doctor_run.server", lambda: f"http://127.0.0.1:{closed_port()}")
+    code, wrong, _, _ = found("logger=default", "logger.wandb.mode=online")
+    assert (code, [f["check"] for f in wrong]) == (1, ["wandb"])
+    assert "Connection refused" in wrong[0]["value"]
+    assert "logger.wandb.mode=offline" in wrong[0]["remedy"]
+
+
+@pytest.mark.slow
+def test_the_server_is_the_one_of_wandb():
+    """In a process of its own: wandb reads the variable once."""
+    program = "from diffusion_trainer.callbacks.loggers import server; print(server())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9"}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "http://127.0.0.1:9"
+
+
+def test_a_server_that_answers_whatever_is_reachable_and_a_silent_one_is_not():
+    class NotFound(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *arguments):
+            return None
+
+    with HTTPServer(("127.0.0.1", 0), NotFound) as web:
+        threading.Thread(target=web.handle_request, daemon=True).start()
+        assert unreachable(f"http://127.0.0.1:{web.server_port}") is None
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        assert "timed out" in unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_seconds=0.2)
+
+
+class Made(Check):
+    """A check whose measurement is made up."""
+
+    name, mend = "made", "mend it"
+
+    def __init__(self, action, seconds=5.0):
+        self.action, self.seconds = action, seconds
+
+    def measure(self, here, agreement):
+        return self.action()
+
+    def judge(self, measured):
+        yield ok(self.name, str(measured[0][1]))
+
+
+def refuse():
+    raise UserError("say it otherwise")
+
+
+def not_now():
+    raise PassingError("it does not answer")
+
+
+@pytest.mark.parametrize(
+    ("action", "seconds", "says", "remedy", "code"),
+    [
+        (lambda: 1 / 0, 5, "ZeroDivisionError: division by zero", "mend it", 1),
+        (refuse, 5, "train would refuse this", "say it otherwise", 2),
+        (not_now, 5, "train would refuse this", "it does not answer", 1),
+        (threading.Event().wait, 0.1, "no answer within", "mend it", 1),
+        (lambda: 7, 5, "7", "", 0),
+    ],
+)
+def test_what_goes_wrong_in_a_check_is_a_finding(action, seconds, says, remedy, code):
+    check = Made(action, seconds)
+    measured = examine([check], ALONE, Agreement(), lambda: 10)
+    (one,) = judge([check], [(ALONE, measured)])
+    assert says in one.value
+    assert (one.remedy, one.exit_code) == (remedy, code)
+
+
+def test_what_has_no_time_left_says_so_and_the_rest_stands():
+    checks = [Made(lambda: 7), Made(lambda: 8)]
+    checks[1].name = "late"
+    left = iter([5.0, -1.0])
+    measured = examine(checks, ALONE, Agreement(), lambda: next(left))
+    first, second = judge(checks, [(ALONE, measured)])
+    assert (first.status, second.status) == ("ok", "error")
+    assert "not looked at" in second.value
+
+
+def test_the_time_for_all_is_kept(found):
+    code, wrong, _, _ = found("doctor.timeout_seconds=0.001")
+    assert code == 1
+    assert len(wrong) > 5
+    assert all("no answer" in f["value"] or "not looked at" in f["value"] for f in wrong)
+
+
+@pytest.fixture
+def port(monkeypatch):
+    port = closed_port()
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return port
+
+
+def test_processes_that_do_not_come_are_named(port, monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "node1")
+    with pytest.raises(Absent, match=r"2 of 3 processes did not come within 0 s: rank 1, rank 2; .* are on node1"):
+        meeting(World(0, 3, 3, False), 0.3, 5)
+    with pytest.raises(Absent, match=f"rank 2 on node1 cannot reach rank 0 at 127.0.0.1:{port}"):
+        meeting(World(2, 3, 3, False), 0.3, 5)
+
+
+def test_bytes_of_checkpoints_are_those_that_the_callbacks_keep():
+    config = doctor.check([*DIGITS, "ema=several", "callbacks.checkpoint.keep=3", "num_images=1000"])
+    run = Run(config, None, None)
+    assert run.checkpoint_bytes == 4 * run.parameters * (3 + len(config["ema"]["profiles"]))
+    assert run.disk_bytes == 4 * run.checkpoint_bytes
+
+
+@pytest.mark.slow
+def test_bytes_of_a_checkpoint_are_those_that_it_has(trained):
+    run = Run(doctor.check(DIGITS), None, None)
+    checkpoint = Checkpoint(latest(trained / "runs" / "digits" / "checkpoints"))
+    whole = sum(t.numel() * t.element_size() for kind in checkpoint.kinds for t in checkpoint.whole(kind).values())
+    assert run.checkpoint_bytes == whole
+
+
+@pytest.mark.slow
+def test_two_processes_look_at_each_other(workplace):
+    process = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = subprocess.run(
+        [*process, "diffusion_trainer", "doctor", *DIGITS, "strategy=zero2", "doctor.slow=0.01", "out=two.json"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "looked at by 2 processes on " in done.stdout
+    assert "equal on 2 processes" in done.stdout
+    assert "gloo over 2 processes" in done.stdout
+    assert done.stdout.count("doctor:") == 1
+    report = json.loads(Path("two.json").read_text())
+    assert [p["rank"] for p in report["processes"]] == [0, 1]
+    assert all(torch.tensor(p["measured"]["matmul"][0][1]) > 0 for p in report["processes"])
