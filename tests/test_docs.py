@@ -16,7 +16,7 @@ from diffusion_trainer.apps import multirun
 from diffusion_trainer.apps.parts import TrainConfig, check_sampling
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "conf").rglob("*.yaml"))]
-VERBS = "train|sample|evaluate|variance|likelihood|ema|export|inspect"
+VERBS = "train|sample|evaluate|variance|likelihood|ema|export|inspect|doctor"
 COMMANDS = sorted({c for p in PAGES for c in re.findall(rf"diffusion-trainer ((?:{VERBS}) [^`\n&]+)", p.read_text())})
 
 

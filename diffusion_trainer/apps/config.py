@@ -7,6 +7,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,56 @@ def expand(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     return [(list(p), [text for text, o in zip(p, parsed, strict=True) if o in sweeps]) for p in points]
 
 
+@dataclass(frozen=True)
+class Axis:
+    """One swept key of a search: some overrides, or an interval of numbers."""
+
+    key: str
+    choices: tuple[str, ...] = ()  # key=value
+    low: float = 0.0  # an int where the key takes whole numbers; the same for high
+    high: float = 0.0
+    log: bool = False
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The overrides at its edge: all choices, or both ends."""
+        return self.choices or (self.at(self.low), self.at(self.high))
+
+    def at(self, value: float) -> str:
+        return f"{self.key}={value!r}"
+
+
+def axes(overrides: Sequence[str]) -> list["str | Axis"]:
+    """The overrides in their order, those that are swept as axes; interval() and tag(log, ...) are allowed."""
+    parsed = _read(overrides)
+    given = Counter(o.key_or_group for o in parsed)
+    for o in parsed:
+        if o.is_sweep_override() and given[o.key_or_group] > 1:
+            raise UserError(f"{o.input_line}: {o.key_or_group} is given twice; give its values once")
+    found = [_axis(o) if o.is_sweep_override() else o.input_line for o in parsed]
+    if not any(isinstance(axis, Axis) for axis in found):
+        raise UserError("a search needs a key with several values: key=interval(0,1) or key=a,b or key=range(1,4)")
+    return found
+
+
+def _axis(sweep: Override) -> Axis:
+    key, value = sweep.get_key_element(), sweep.value()
+    if sweep.value_type != ValueType.INTERVAL_SWEEP:
+        return Axis(key, tuple(_values(sweep)))
+    if value.tags - {"log"}:
+        raise UserError(f"{sweep.input_line}: the only tag is log, as in {key}=tag(log,interval(1e-4,1e-2))")
+    log = "log" in value.tags
+    if not value.start < value.end or (log and value.start <= 0):
+        raise UserError(f"{sweep.input_line}: it must go from less to more" + (", both positive" if log else ""))
+    return Axis(key, (), value.start, value.end, log)
+
+
 def _values(sweep: Override) -> list[str]:
     if sweep.value_type not in (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP, ValueType.RANGE_SWEEP):
-        raise UserError(f"{sweep.input_line}: its values are not known; list them: key=a,b, choice(a,b), range(1,4)")
+        raise UserError(
+            f"{sweep.input_line}: its values are not known; list them: key=a,b, choice(a,b), range(1,4); or search an "
+            "interval: sweeper=tpe"
+        )
     key = sweep.get_key_element()
     values = [
         assignment(key, value) if isinstance(value, str) and not _is_plain(value) else f"{key}={text}"

@@ -1,156 +1,188 @@
 """diffusion-trainer <verb> -m key=a,b: every combination of the swept values, each in a process tree of its own.
 
-`plan` expands and checks, `run` runs one point after the other, `table` gathers their metrics: a launcher for a
-cluster replaces `run` alone.
+A sweeper says which points there are, a launcher runs them, sweep.json in the sweep's folder knows what has become of
+each: the same command again goes on where it was. A sweep has keys of its own (conf/sweep.yaml) among the verb's.
 """
 
-import csv
-import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-import yaml
-
+from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import processes
-from diffusion_trainer.apps.config import assignment, expand
-from diffusion_trainer.apps.places import PLACES, Place
+from diffusion_trainer.apps.launchers import Launcher, Started
+from diffusion_trainer.apps.nodes import Schema, build
+from diffusion_trainer.apps.places import PLACES, Point
+from diffusion_trainer.apps.planning import Check, Show, plan
+from diffusion_trainer.apps.sweep_record import DONE, PRUNED, RUNNING, STOPPED, Record, held
+from diffusion_trainer.apps.sweep_report import summary, table
+from diffusion_trainer.apps.sweepers import Course
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.evaluation.writing import whole
 
-COMMAND = (sys.executable, "-m", "diffusion_trainer")
-Check = Callable[[Sequence[str]], object]  # of overrides
-
-
-@dataclass(frozen=True)
-class Point:
-    """One combination."""
-
-    swept: tuple[str, ...]  # key=value
-    overrides: tuple[str, ...]  # all of them, those that say where to write last
-    place: Place
-
-    @property
-    def title(self) -> str:
-        return " ".join(self.swept)
+__all__ = ["main", "plan"]
+OWN = {  # a sweep's keys, and what they are in conf/sweep.yaml
+    "hydra/launcher": "runner",
+    "parallel": "runner.parallel",
+    "sweeper": "sweeper",
+    **{key: f"sweeper.{key}" for key in ("trials", "metric", "direction", "prune")},
+}
+INSIDE = ("sweeper.", "runner.")
+GROUP = "WANDB_RUN_GROUP"  # Weights & Biases shows runs with the same one together
 
 
-def main(verb: str, show: Callable[[Sequence[str]], str], overrides: Sequence[str], check: Check | None = None) -> int:
+class SweepConfig(Schema):
+    sweeper: dict
+    runner: dict
+
+
+def main(verb: str, show: Show, overrides: Sequence[str], check: Check | None = None) -> int:
     """The exit code: 0, or that of the first point that failed, or 128 + the signal that stopped the sweep."""
     if verb not in PLACES:
         raise UserError(f"{verb} does not sweep; {', '.join(PLACES)} do")
     world = processes.current()
     if world and world.size > 1:
         raise UserError(f"{world.size} processes were started; start a sweep once, it starts each point's processes")
-    points = plan(verb, show, overrides, check)
-    codes, stopped = run(verb, points)
-    print(f"\n{summary(points, codes)}")
-    if points[0].place.report:
-        print("\n" + table(points, codes))
-    return 128 + stopped if stopped else next((code for code in codes if code), 0)
+    own, others = split(overrides)
+    config = configuration.load("sweep", own, SweepConfig)
+    sweeper, launcher = (build(config[name], name) for name in ("sweeper", "runner"))
+    course = sweeper.course(launcher.planner(verb, show, check), others)
+    if course.prunes and launcher.lives_on:
+        raise UserError("prune=true stops points that run here, not jobs; leave it out, or hydra/launcher")
+    with held(course.home) as lock, grouped(course.home.absolute().name):
+        record = Record(course.home, verb, course.study, course.metric, course.direction)
+        record.begin(course.known)
+        sweep = Sweep(verb, course, launcher, record, lock)
+        stopped = sweep.run()
+        print(f"\n{summary(record, course.count)}")
+        if any(entry.report for entry in record.entries):
+            print("\n" + table(record))
+    return 128 + stopped if stopped else next((code for code in sweep.codes if code), 0)
 
 
-def plan(
-    verb: str, show: Callable[[Sequence[str]], str], overrides: Sequence[str], check: Check | None = None
-) -> list[Point]:
-    """The points, each with a place of its own; UserError lists what is wrong with any of them, and with which.
-
-    show: the verb's own, from overrides to the YAML of the checked configuration. check: the verb's own; UserError for
-    all that it can know to fail before it touches a device, so that no point fails for that after hours of others.
-    """
-    points, wrong, combinations = [], {}, expand(overrides)
-    for texts, swept in combinations:
-        try:
-            place = PLACES[verb](yaml.safe_load(show(texts)), swept)
-            own = (assignment(key, text) for key, text in place.settings.items())
-            point = Point(tuple(swept), (*texts, *own), place)
-            if check:
-                check(point.overrides)
-        except UserError as error:
-            wrong.setdefault(str(error), []).append(" ".join(swept))
+def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The sweep's own overrides, as conf/sweep.yaml has them, and the verb's."""
+    own, others = [], []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key in OWN or key.startswith(INSIDE):
+            own.append(f"{OWN.get(key, key)}={value}")
         else:
-            points.append(point)
-    if wrong:  # what is wrong with all of them is said once
-        at = {e: "every point" if len(where) == len(combinations) else "; ".join(where) for e, where in wrong.items()}
-        raise UserError("nothing was started\n" + "\n".join(f"{where}:\n{error}" for error, where in at.items()))
-    _check_places(points)
-    return points
+            others.append(text)
+    searching = [text for text in own if text.startswith("sweeper.")]
+    if searching and not any(text.startswith("sweeper=") for text in own):
+        raise UserError(
+            f"{searching[0].removeprefix('sweeper.')}: only a search has that; add sweeper=tpe or sweeper=random"
+        )
+    return own, others
 
 
-def _check_places(points: Sequence[Point]) -> None:
-    owners: dict[Path, Point] = {}
-    for point in points:
-        other = owners.setdefault(point.place.out.absolute(), point)
-        if other is not point:
-            both = f"{other.title} and {point.title}"
-            raise UserError(f"{both} would both write to {point.place.out}; leave the choice of the place to -m")
-
-
-def run(verb: str, points: Sequence[Point], command: Sequence[str] = COMMAND) -> tuple[list[int], int]:
-    """Exit codes of the points that ran, in order, and the signal that stopped the sweep (0: none did).
-
-    A point has a process group of its own: it gets each signal once, from here, whoever sent it.
-    """
-    codes, received, running = [], [], []
-
-    def forward(number: int, frame) -> None:
-        received.append(number)
-        for process in running:
-            process.send_signal(number)
-
-    taken = (s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN)
-    previous = {s: signal.signal(s, forward) for s in taken}
+@contextmanager
+def grouped(name: str) -> Iterator[None]:
+    """The points, whose processes inherit it, are one group in Weights & Biases, unless it has a name already."""
+    before = os.environ.get(GROUP)
+    os.environ[GROUP] = before or name
     try:
-        for i, point in enumerate(points):
-            if received:
-                break
-            print(f"[{i + 1}/{len(points)}] {point.title}", flush=True)
-            arguments = [*command, verb, *point.overrides]
-            running[:] = [subprocess.Popen(arguments, stdin=subprocess.DEVNULL, process_group=0)]
-            if received:  # it came while the point was being started
-                running[0].send_signal(received[-1])
-            code = running[0].wait()
-            codes.append(code if code >= 0 else 128 - code)
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return codes, received[0] if received else 0
+        os.environ.pop(GROUP)
+        if before is not None:
+            os.environ[GROUP] = before
 
 
-def summary(points: Sequence[Point], codes: Sequence[int]) -> str:
-    """How many points are done, and what became of the others."""
-    lines = [f"{codes.count(0)} of {len(points)} points are done"]
-    for i, point in enumerate(points):
-        if i >= len(codes) or codes[i]:
-            why = f"failed with exit code {codes[i]}" if i < len(codes) else "was not started"
-            lines.append(f"  [{i + 1}/{len(points)}] {point.title} {why}")
-    return "\n".join(lines)
+@dataclass
+class Live:
+    point: Point
+    started: Started
+    pruned: bool = False
 
 
-def table(points: Sequence[Point], codes: Sequence[int]) -> str:
-    """The points' swept values and metrics, aligned; the same in table.csv. A point that failed has no metrics."""
-    rows = [dict(o.lstrip("+").split("=", 1) for o in point.swept) for point in points]
-    for row, point, code in zip(rows, points, codes, strict=False):
-        if code == 0 and point.place.report.is_file():
-            row.update(json.loads(point.place.report.read_text())["metrics"])
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    path = Path(os.path.relpath(os.path.commonpath([point.place.home.absolute() for point in points]))) / "table.csv"
-    try:
-        with whole(path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}); the points' own files are whole") from error
-    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
-    return "\n".join([*lines, f"written to {path}"])
+@dataclass
+class Sweep:
+    """The points of a course on their way; `codes` are those of the points that ended, in that order."""
 
+    verb: str
+    course: Course
+    launcher: Launcher
+    record: Record
+    lock: int  # see sweep_record.held
+    live: list[Live] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)  # signals
+    codes: list[int] = field(default_factory=list)
 
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    def run(self) -> int:
+        """The signal that stopped the sweep; 0: none did."""
+        taken = (s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN)
+        previous = {s: signal.signal(s, self._forward) for s in taken}
+        try:
+            points = self.course.points()
+            while (self._fill(points) or self.live) and not (self.received and self.launcher.lives_on):
+                self._look()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return self.received[0] if self.received else 0
+
+    def _forward(self, number: int, frame) -> None:
+        self.received.append(number)
+        for live in self.live:
+            live.started.stop(number)
+
+    def _fill(self, points: Iterator[Point]) -> bool:
+        """Starts as many as there is room for; whether there may be more."""
+        room = self.launcher.at_once or self.course.at_once
+        while not self.received and len(self.live) < room:
+            point = next(points, None)
+            if point is None:
+                return False
+            self._start(point)
+        return not self.received
+
+    def _start(self, point: Point) -> None:
+        entry = self.record.entry(point)
+        title = f"[{self.record.entries.index(entry) + 1}/{self.course.count}] {point.title}"
+        if self.record.is_done(point):
+            print(f"{title} is done already", flush=True)
+            self._note_end(point, 0, entry.job)
+            return
+        print(title, flush=True)
+        self.record.note(point, RUNNING, job=entry.job)
+        try:
+            started = self.launcher.start(self.verb, point, entry.job, self.lock)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            self._note_end(point, 2, entry.job)
+            return
+        self.live.append(Live(point, started))
+        if self.received:  # it came while the point was being started
+            started.stop(self.received[-1])
+        if started.job:
+            self.record.note(point, RUNNING, job=started.job)
+
+    def _look(self) -> None:
+        """Waits a moment, then sees to the points that have ended, and to those that need not."""
+        time.sleep(self.launcher.seconds if self.live else 0)
+        for live in list(self.live):
+            code = live.started.code()
+            if code is not None:
+                self.live.remove(live)
+                self._end(live, code)
+            elif not live.pruned and not self.received and self.course.is_worse(live.point):
+                print(f"{live.point.title} is worse than others at the same images; it is stopped", flush=True)
+                live.pruned = True
+                live.started.stop(signal.SIGTERM)
+
+    def _end(self, live: Live, code: int) -> None:
+        if self.received and code:
+            self.record.note(live.point, STOPPED, code, live.started.job)
+            self.codes.append(code)
+        else:
+            self._note_end(live.point, code, live.started.job, live.pruned)
+
+    def _note_end(self, point: Point, code: int, job: str | None, pruned: bool = False) -> None:
+        state = self.course.ended(point, code, pruned)
+        self.record.note(point, state, code, job)
+        self.codes.append(0 if state in (DONE, PRUNED) else code)

@@ -1,13 +1,15 @@
-"""Where the points of a sweep write: each to a file or folder of its own, named after its swept overrides."""
+"""The points of a sweep and where they write: each to a file or folder of its own, named after its swept overrides."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from diffusion_trainer.apps.completion import trained
 from diffusion_trainer.apps.initial import checkpoint_in, run_of
 
 LONGEST = 120  # characters of a label: with digest and suffix it is a file's name, which may have 255
@@ -19,6 +21,33 @@ class Place:
     out: Path  # the file or folder that the point writes
     report: Path | None  # the JSON file with its "metrics", if the verb writes one
     home: Path  # the sweep's folder
+    complete: Callable[[Mapping[str, Any]], bool] | None = None  # told from its files and configuration, if they do
+
+    def stands(self) -> bool:
+        """Whether what the point writes is there."""
+        return self.out.exists() or Path(f"{self.out}.npz").exists()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination."""
+
+    swept: tuple[str, ...]  # key=value
+    overrides: tuple[str, ...]  # all of them, those that say where to write last
+    place: Place
+    config: Mapping[str, Any] = field(default_factory=dict)  # resolved
+
+    @property
+    def title(self) -> str:
+        return " ".join(self.swept)
+
+    @property
+    def key(self) -> str:
+        """Differs where the configuration does, or the checkpoint that it names has become another."""
+        checkpoint = self.config.get("checkpoint")
+        manifest = checkpoint_in(Path(checkpoint)) / "manifest.json" if checkpoint else None
+        read = manifest.read_text() if manifest and manifest.is_file() else ""
+        return blake2b((json.dumps(self.config, sort_keys=True) + read).encode(), digest_size=16).hexdigest()
 
 
 def label(swept: Sequence[str]) -> str:
@@ -35,7 +64,7 @@ def of_train(config: Mapping[str, Any], swept: Sequence[str]) -> Place:
     """Inside the folder that the configuration names; a swept name or folder is not repeated in the label."""
     own = label([o for o in swept if o.lstrip("+").split("=")[0] not in ("name", "folder")])
     name, folder = Path(config["name"]) / own, Path(config["folder"]) / own
-    return Place({"name": str(name), "folder": str(folder)}, folder, folder / "metrics.json", folder.parent)
+    return Place({"name": str(name), "folder": str(folder)}, folder, folder / "metrics.json", folder.parent, trained)
 
 
 def of_reports(verb: str, config: Mapping[str, Any], swept: Sequence[str]) -> Place:

@@ -43,7 +43,7 @@ def refused(workplace, monkeypatch):
         ("num_images=many", "num_images=many: input should be a valid integer"),
         ("optimizer.lr=fast", "optimizer.lr=fast: input should be a valid number"),
         ("network.channel_multipliers=2", "network.channel_multipliers=2: input should be"),
-        ("precision=fp64", "precision=fp64: input should be 'auto', 'fp32' or 'bf16'"),
+        ("precision=fp64", "precision=fp64: input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
         ("optimizer.lr=-1", "optimizer: lr and eps must be positive"),
         ("sampler.solver.eta=2", "sampler.solver: eta must lie in [0, 1], not 2"),
         ("schedule.t_max=2", "schedule: 0 < t_min < t_max < 1"),
@@ -108,7 +108,7 @@ def test_more_processes_than_the_strategy_has_are_refused(refused, monkeypatch):
 
 
 def test_verbs_and_flags_are_explained(refused):
-    assert "the verbs are train, sample, evaluate" in refused("trian")
+    assert "the verbs are train, submit, doctor, sample" in refused("trian")
     assert "there is no such flag" in refused("train", "--sweep")
 
 
@@ -135,6 +135,7 @@ def test_a_folder_of_strangers_is_left_alone(refused, workplace):
     assert (workplace / "runs" / "digits" / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_mistake_exits_with_2_and_no_traceback(cli):
     code, output = cli(*DIGITS, "optimizer.lrr=1")
     assert code == 2
@@ -225,5 +226,8 @@ def test_a_hostile_configuration_beside_a_checkpoint_runs_nothing(after, trained
 def test_metrics_carry_their_provenance(trained):
     report = json.loads((trained / "runs" / "digits" / "metrics.json").read_text())
     assert set(report["metrics"]) == {"fid", "pixel_fd", "accuracy"}
-    for key in ("weights", "num_samples", "seed", "reference", "features", "sampler", "guidance", "ema", "versions"):
+    for key in (
+        "weights", "num_samples", "seed", "reference", "features", "sampler", "guidance", "ema", "versions",
+        "precision", "compile", "channels_last",
+    ):  # fmt: skip
         assert key in report["provenance"], key

@@ -4,48 +4,30 @@ import csv
 import json
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+import sweeping
 import yaml
 from conftest import SMALL
+from sweeping import point, run, started
 
 from diffusion_trainer.apps import cli as console
-from diffusion_trainer.apps import multirun, train
+from diffusion_trainer.apps import launchers, multirun, train
 from diffusion_trainer.apps.config import value_of
-from diffusion_trainer.apps.multirun import Point, run, table
-from diffusion_trainer.apps.places import Place, label
+from diffusion_trainer.apps.launchers import Local
+from diffusion_trainer.apps.places import Place, Point, label
+from diffusion_trainer.apps.planning import Planner
+from diffusion_trainer.apps.sweep_record import DONE, FAILED, Record
+from diffusion_trainer.apps.sweep_report import table
+from diffusion_trainer.apps.sweepers import Listed
 from diffusion_trainer.conventions import UserError
-
-# Stands for `python -m diffusion_trainer`: does what the override do=... says and writes the report that out=... names.
-STAND_IN = """
-import json, os, signal, sys, time
-verb, *overrides = sys.argv[1:]
-said = dict(o.split("=", 1) for o in overrides)
-with open("started", "a") as file:
-    print(said["do"], os.getpid(), file=file)
-if said["do"] == "interrupt":  # as Ctrl-C does, but of the parent alone
-    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
-    os.kill(os.getppid(), signal.SIGINT)
-    time.sleep(20)
-if said["do"] == "poke":
-    os.kill(os.getppid(), signal.SIGINT)
-if said["do"] == "die":
-    os.kill(os.getpid(), signal.SIGKILL)
-if said["do"].startswith("fail"):
-    sys.exit(int(said["do"][4:]))
-with open(said["out"], "w") as file:
-    json.dump({"metrics": {"fid": len(said["do"]) / 3}}, file)
-print("did", said["do"], flush=True)
-"""
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
-    return sys.executable, str(tmp_path / "stand_in.py")
+    monkeypatch.setattr(launchers, "COMMAND", sweeping.stand_in(tmp_path))
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +36,6 @@ def heard():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def point(do: str) -> Point:
-    out = Path(f"{do}.json")
-    return Point((f"do={do}",), (f"do={do}", f"out={out}"), Place({}, out, out, Path("home")))
-
-
-def started() -> list[str]:
-    return [line.split()[0] for line in Path("started").read_text().splitlines()]
 
 
 def finished(**keys):
@@ -77,7 +50,7 @@ DIGITS = ["experiment=digits", "data.shards=shards/*.tar"]
 
 
 def test_all_mistakes_of_all_points_are_said_before_one_starts(monkeypatch):
-    monkeypatch.setattr(multirun, "run", lambda *_: pytest.fail("a point was started"))
+    monkeypatch.setattr(Local, "start", lambda *_: pytest.fail("a point was started"))
     monkeypatch.setattr(train, "check", train.show)  # test_multirun_checks.py has what it finds with data
     with pytest.raises(UserError) as error:
         console.run(["train", *DIGITS, "-m", "optimizer.lr=0.1,fast", "num_images=5,many"])
@@ -108,26 +81,29 @@ def test_flags(monkeypatch):
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_failing_point_stops_no_other_and_each_is_announced_before_its_output(command, capfd):
+@pytest.mark.usefixtures("command")
+def test_a_failing_point_stops_no_other_and_each_is_announced_before_its_output(capfd):
     points = [point("a"), point("fail3"), point("die"), point("b")]
-    assert run("evaluate", points, command) == ([0, 3, 137, 0], 0)
+    assert run(*points) == ([0, 3, 137, 0], 0)
     lines = ["[1/4] do=a", "did a", "[2/4] do=fail3", "[3/4] do=die", "[4/4] do=b", "did b"]
     assert capfd.readouterr().out.splitlines() == lines
 
 
-def test_ctrl_c_reaches_the_running_point_and_starts_no_other(command):
+@pytest.mark.usefixtures("command")
+def test_ctrl_c_reaches_the_running_point_and_starts_no_other():
     before = signal.getsignal(signal.SIGINT)
     points = [point("a"), point("interrupt"), point("b")]
-    assert run("evaluate", points, command) == ([0, 130], signal.SIGINT)
+    assert run(*points) == ([0, 130], signal.SIGINT)
     assert started() == ["a", "interrupt"]
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_signal_that_is_ignored_stays_ignored(command):
+@pytest.mark.usefixtures("command")
+def test_a_signal_that_is_ignored_stays_ignored():
     """nohup ignores SIGHUP; a script's background job SIGINT."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        assert run("evaluate", [point("poke"), point("a")], command) == ([0, 0], 0)
+        assert run(point("poke"), point("a")) == ([0, 0], 0)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -140,10 +116,10 @@ def test_a_signal_that_is_ignored_stays_ignored(command):
         (["fail3", "interrupt", "b"], 130, ["0 of 3", "[1/3] do=fail3 failed", "[3/3] do=b was not started"]),
     ],
 )
-def test_the_exit_code_and_the_summary(command, capsys, monkeypatch, dos, code, say):
-    monkeypatch.setattr(multirun, "plan", lambda *_: [point(do) for do in dos])
-    monkeypatch.setattr(multirun, "run", lambda verb, points: run(verb, points, command))
-    assert multirun.main("evaluate", finished(), []) == code
+@pytest.mark.usefixtures("command")
+def test_the_exit_code_and_the_summary(capsys, monkeypatch, dos, code, say):
+    monkeypatch.setattr(Planner, "points", lambda *_: [point(do) for do in dos])
+    assert multirun.main("evaluate", finished(), ["do=any,other"]) == code
     output = capsys.readouterr().out
     for text in say:
         assert text in output
@@ -161,38 +137,52 @@ def swept_point(folder: Path, metrics: dict | None, *swept: str) -> Point:
     return Point(swept, swept, Place({}, out, out, folder))
 
 
-def test_the_table_is_aligned_and_its_csv_exact(tmp_path, monkeypatch):
+def recorded(points: list[Point], *states: tuple[str, int]) -> Record:
+    record = Record(Listed(points).home, "evaluate")
+    record.begin(points)
+    for p, (state, code) in zip(points, states, strict=False):
+        record.note(p, state, code)
+    return record
+
+
+@pytest.fixture
+def four(tmp_path, monkeypatch) -> Record:
     monkeypatch.chdir(tmp_path)
     points = [
-        swept_point(Path("run/multirun"), {"fid": 1 / 3}, "eta=0", "+shape=[1,2]"),
+        swept_point(Path("run/multirun"), {"fid": 1 / 3, "accuracy": 0.25}, "eta=0", "+shape=[1,2]"),
         swept_point(Path("run/multirun"), {"fid": 1234.5678, "accuracy": 0.5}, "eta=0.5", "+shape=[3]"),
         swept_point(Path("run/multirun"), {"fid": 99.0}, "eta=1", "+shape=[3]"),  # failed: that report is an old one
         swept_point(Path("run/multirun"), {"fid": 98.0}, "eta=2", "+shape=[3]"),  # never started
     ]
-    assert table(points, [0, 0, 1]).splitlines() == [
-        "eta  shape     fid  accuracy",
-        "  0  [1,2]  0.3333          ",
-        "0.5    [3]    1235       0.5",
-        "  1    [3]                  ",
-        "  2    [3]                  ",
+    return recorded(points, (DONE, 0), (DONE, 0), (FAILED, 1))
+
+
+def test_the_table_is_aligned_and_its_csv_exact(four):
+    assert table(four).splitlines() == [
+        "eta  shape        state     fid  accuracy",
+        "  0  [1,2]         done  0.3333      0.25",
+        "0.5    [3]         done    1235       0.5",
+        "  1    [3]       failed                  ",
+        "  2    [3]  not started                  ",
         "written to run/multirun/table.csv",
     ]
     with open("run/multirun/table.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
-        ["eta", "shape", "fid", "accuracy"],
-        ["0", "[1,2]", str(1 / 3), ""],
-        ["0.5", "[3]", "1234.5678", "0.5"],
-        ["1", "[3]", "", ""],
-        ["2", "[3]", "", ""],
+        ["eta", "shape", "state", "fid", "accuracy"],
+        ["0", "[1,2]", "done", str(1 / 3), "0.25"],
+        ["0.5", "[3]", "done", "1234.5678", "0.5"],
+        ["1", "[3]", "failed", "", ""],
+        ["2", "[3]", "not started", "", ""],
     ]
-    assert not list(Path("run/multirun").glob("*.part"))
+    assert not list(Path("run/multirun").glob(".*.part"))
 
 
 def test_points_in_several_runs_and_without_metrics_have_one_table_above_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     points = [swept_point(Path("runs") / name / "multirun", None, f"name={name}") for name in "ab"]
-    assert table(points, [0, 0]).splitlines() == ["name", "   a", "   b", "written to runs/table.csv"]
+    found = table(recorded(points, (DONE, 0), (DONE, 0))).splitlines()
+    assert found == ["name  state", "   a   done", "   b   done", "written to runs/table.csv"]
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
@@ -211,7 +201,7 @@ def test_a_sweep_of_evaluations_of_a_sweep_of_runs(cli, workplace, trained):
         run = workplace / "runs" / "digits" / f"optimizer.lr-{lr}"
         assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["lr"] == float(lr)
         metrics = json.loads((run / "metrics.json").read_text())["metrics"]
-        assert row == {"optimizer.lr": lr, **{name: str(value) for name, value in metrics.items()}}
+        assert row == {"optimizer.lr": lr, "state": "done", **{name: str(value) for name, value in metrics.items()}}
 
     shutil.copytree(trained / "runs" / "digits", workplace / "runs" / "other")
     code, output = cli("evaluate", "--multirun", "checkpoint=runs/other", "sampler.solver.eta=0,2")

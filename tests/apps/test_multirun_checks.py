@@ -7,7 +7,7 @@ import tiny
 from written_runs import finished_runs
 
 from diffusion_trainer.apps import cli as console
-from diffusion_trainer.apps import multirun
+from diffusion_trainer.apps.launchers import Local
 from diffusion_trainer.conventions import UserError
 
 
@@ -34,7 +34,7 @@ def refused(*arguments: str) -> str:
 
 @pytest.fixture
 def nothing_starts(monkeypatch):
-    monkeypatch.setattr(multirun, "run", lambda *_: pytest.fail("a point was started"))
+    monkeypatch.setattr(Local, "start", lambda *_: pytest.fail("a point was started"))
 
 
 @pytest.mark.usefixtures("nothing_starts")

@@ -1,0 +1,41 @@
+"""Whether a run has come to its end, told from its folder alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_trainer.apps import config as configuration
+from diffusion_trainer.apps.nodes import build
+from diffusion_trainer.callbacks.evaluating import owed
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.training import checkpoints
+from diffusion_trainer.training.agreement import Agreement
+
+
+def trained(config: Mapping[str, Any]) -> bool:
+    """Whether `train` with this resolved configuration would find nothing left to do in its folder: the same
+    configuration there, a checkpoint that has seen all images, and the last evaluation written.
+    """
+    folder = Path(config["folder"])
+    if not (folder / "config.yaml").is_file():
+        return False
+    try:
+        there = configuration.read(folder / "config.yaml")
+        if there != {name: config[name] for name in there if name in config}:
+            return False
+        return at_its_end(config, folder) is not None
+    except UserError:
+        return False  # a file that is damaged: `train` says which, and what to do
+
+
+def at_its_end(config: Mapping[str, Any], folder: Path) -> int | None:
+    """The images that the run in the folder has seen, if it has no more to see and no evaluation is owed.
+
+    UserError for a checkpoint that is damaged.
+    """
+    checkpoint = checkpoints.resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
+    if checkpoint is None or checkpoint.images_seen < config["num_images"]:
+        return None
+    nodes = {name: node for name, node in config["callbacks"].items() if node is not None}
+    callbacks = [build(node, f"callbacks.{name}", config["allowed_targets"]) for name, node in nodes.items()]
+    return None if owed(callbacks, folder, checkpoint) else checkpoint.images_seen

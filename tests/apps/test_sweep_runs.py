@@ -1,0 +1,116 @@
+"""Sweeps of real runs: killed and continued, searched, pruned, seen in Weights & Biases."""
+
+import csv
+import json
+import os
+import signal
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, command, finish
+from wandb.proto import wandb_internal_pb2
+
+pytestmark = pytest.mark.slow
+TRAIN = ["train", "-m", "experiment=digits", *SMALL, "strategy=single", "num_images=320",
+         "callbacks.evaluate.every_n_images=80", "callbacks.checkpoint.every_n_images=80"]  # fmt: skip
+TIMES = {"train/images_per_second", "train/save_seconds"}
+
+
+def metrics(folder: Path, lr: str) -> list[dict]:
+    """All that a point has logged, but for times."""
+    with (folder / f"optimizer.lr-{lr}" / "metrics.csv").open(newline="") as file:
+        found = [{k: v for k, v in row.items() if k not in TIMES and v} for row in csv.DictReader(file)]
+    return [row for row in found if len(row) > 1]
+
+
+def rows(folder: Path) -> list[dict]:
+    with (folder / "table.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.timeout(1800)
+def test_a_sweep_of_four_points_with_one_that_fails_is_killed_and_continued(workplace, cli):
+    """The point that was killed against the same run, left alone."""
+    arguments = [*(o for o in TRAIN if o != "logger=csv"), "name=killed", "optimizer.lr=0.001,0.002,0.004,0.008"]
+    runs = workplace / "runs"
+    blocked = runs / "killed" / "optimizer.lr-0.002" / "logs"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where a folder has to be")
+
+    sweep = command(*arguments, cwd=workplace)
+    until((runs / "killed" / "optimizer.lr-0.004" / "checkpoints" / "latest").is_file)
+    os.kill(sweep.pid, signal.SIGKILL)
+    finish(sweep)
+    assert states(runs / "killed") == ["done", "failed", "running", "not started"]
+    code, output = cli(*arguments)
+    assert code not in (0, 2), output
+    assert "[1/4] optimizer.lr=0.001 is done already" in output
+    assert "resuming from images-" in output
+    assert "3 of 4 points are done" in output
+    assert "[2/4] optimizer.lr=0.002 failed" in output
+    found = rows(runs / "killed")
+    assert [row["state"] for row in found] == ["done", "failed", "done", "done"]
+    assert [bool(row["fid"]) for row in found] == [True, False, True, True]
+
+    code, output = cli("train", *TRAIN[2:], "name=alone", "folder=runs/alone/optimizer.lr-0.004", "optimizer.lr=0.004")
+    assert code == 0, output
+    assert metrics(runs / "killed", "0.004") == metrics(runs / "alone", "0.004")
+    alone = json.loads((runs / "alone" / "optimizer.lr-0.004" / "metrics.json").read_text())["metrics"]
+    assert {name: found[2][name] for name in alone} == {name: str(value) for name, value in alone.items()}
+
+    blocked.unlink()
+    code, output = cli(*arguments)
+    assert code == 0, output
+    (offline,) = (runs / "killed" / "optimizer.lr-0.002" / "wandb").glob("offline-run-*")
+    assert group_of(next(offline.glob("run-*.wandb"))) == "killed"
+    code, output = cli("sweep-report", "sweep=runs/killed", "sort=fid")
+    assert code == 0
+    assert "4 done" in output
+    fids = {float(row["fid"]): row["optimizer.lr"] for row in rows(runs / "killed")}
+    assert list(fids) == sorted(fids)
+    assert f"with optimizer.lr={fids[min(fids)]}" in output
+
+
+def until(condition, seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def states(folder: Path) -> list[str]:
+    return [entry["state"] for entry in json.loads((folder / "sweep.json").read_text())["points"]]
+
+
+def group_of(path: Path) -> str:
+    """Of the run that an offline file of Weights & Biases records: LevelDB's log format, the first records."""
+    data, position = path.read_bytes(), 7
+    while True:
+        _, length, _ = struct.unpack("<IHB", data[position : position + 7])
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data[position + 7 : position + 7 + length])
+        if record.WhichOneof("record_type") == "run":
+            return record.run.run_group
+        position += 7 + length
+
+
+@pytest.mark.timeout(1800)
+def test_a_search_stops_what_is_worse_and_the_same_command_has_nothing_left_to_do(workplace, cli):
+    """Learning rates too small to learn anything, after ones that do: the latter are stopped by the pruner."""
+    arguments = [*TRAIN, "sweeper=random", "prune=true", "sweeper.prune_startup_trials=1", "trials=4",
+                 "optimizer.lr=tag(log,interval(1e-9,0.02))", "optimizer.lr_schedule.warmup_images=0"]  # fmt: skip
+    code, output = cli(*arguments, "name=searched")
+    assert code == 0, output
+    found = rows(workplace / "runs" / "searched")
+    states = [row["state"] for row in found]
+    assert len(found) == 4
+    assert set(states) <= {"done", "pruned"}
+    assert states.count("pruned") == output.count("is worse than others at the same images; it is stopped")
+    done = [float(row["fid"]) for row in found if row["state"] == "done"]
+    assert f"best fid: {min(done):.4g}" in output
+    code, output = cli(*arguments, "name=searched")
+    assert code == 0, output
+    assert rows(workplace / "runs" / "searched") == found
+    assert "run searched" not in output
