@@ -27,6 +27,7 @@ MUNGE, CONTROLLER, NODE = "munged", "slurmctld", "slurmd"
 SBIN = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin:/sbin"  # not on every user's path
 SOCKET_LIMIT = 100  # Linux: 107 bytes for the path of a socket
 CLIENTS = (MUNGE, CONTROLLER, NODE, "slurmstepd", "srun", "sbatch", "salloc")
+HOME = "LOCAL_CLUSTER_NODE"  # the variable that tells a node's daemon, and its children that watch jobs, from others'
 UP_SECONDS, DOWN_SECONDS = 60, 10
 
 CONFIGURATION = """\
@@ -44,6 +45,7 @@ SlurmdPidFile={folder}/%n.pid
 ProctrackType=proctrack/linuxproc
 SlurmdParameters=config_overrides
 ReturnToService=2
+SlurmdTimeout=20
 KillWait=30
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -55,6 +57,7 @@ PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=30
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
 # cred_expire is also what a requeued job waits for, 120 s by default; the scheduler's intervals add up to 60 s more.
+# SlurmdTimeout: after so many seconds without an answer a node is down, 300 by default.
 
 
 class ClusterError(Exception):
@@ -107,8 +110,22 @@ class LocalCluster:
         self._wait((munge / "socket").exists)
         self._daemon(CONTROLLER, CONTROLLER, "-D", "-f", str(self.conf))
         for name in self.nodes:
-            self._daemon(name, NODE, "-D", "-N", name, "-f", str(self.conf))
+            self.boot(name)
         self._wait(lambda: self.states() == ["idle"] * len(self.nodes))
+
+    def boot(self, node: str) -> None:
+        """Starts the daemon of a node."""
+        self._daemon(node, NODE, "-D", "-N", node, "-f", str(self.conf))
+
+    def crash(self, node: str) -> None:
+        """The node loses its power: its daemon, and all that jobs run there, are killed. `boot` brings it back."""
+        for name, process in self._daemons:
+            if name == node:
+                process.kill()
+                process.wait()
+        self._daemons = [(name, process) for name, process in self._daemons if name != node]
+        for pid in self.processes(node):
+            _kill(pid)
 
     def down(self) -> None:
         """Daemons, and all that jobs have started, are killed: those that ignore SIGTERM would hold it up."""
@@ -117,26 +134,28 @@ class LocalCluster:
             if time.monotonic() > end:
                 raise ClusterError(f"these processes cannot be killed: {pids}")
             for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue  # it ended by itself, or with another
+                _kill(pid)
             time.sleep(0.05)
         for _, process in self._daemons:
             process.wait()
         self._daemons = []
 
-    def processes(self) -> list[int]:
-        """Of this cluster: daemons, clients, and what jobs have started; not a shell that has exported SLURM_CONF."""
-        return sorted(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and self._is_ours(p))
+    def processes(self, node: str | None = None) -> list[int]:
+        """Of this cluster: daemons, clients, and what jobs have started; not a shell that has exported SLURM_CONF.
 
-    def _is_ours(self, process: Path) -> bool:
+        node: only what runs on it.
+        """
+        return sorted(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and self._is_ours(p, node))
+
+    def _is_ours(self, process: Path, node: str | None) -> bool:
         try:
             environment = (process / "environ").read_bytes().split(b"\0")
             name = (process / "comm").read_text().strip()
         except OSError:  # it has ended, or is another user's
             return False
         if f"SLURM_CONF={self.conf}".encode() not in environment or int(process.name) == os.getpid():
+            return False
+        if node and not {f"{key}={node}".encode() for key in ("SLURMD_NODENAME", HOME)} & set(environment):
             return False
         return name in CLIENTS or any(entry.startswith(b"SLURM_JOB_ID=") for entry in environment)
 
@@ -179,7 +198,7 @@ class LocalCluster:
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [binary, *arguments],
-                env=self.env,
+                env=self.env | {HOME: name},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -197,6 +216,13 @@ class LocalCluster:
             if time.monotonic() > end:
                 raise ClusterError(f"not up after {UP_SECONDS} s, nodes are {self.states()}; logs are in {self.folder}")
             time.sleep(0.05)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # it ended by itself, or with another
 
 
 def _free_ports(count: int) -> list[int]:
@@ -228,7 +254,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     print(f"{len(cluster.nodes)} nodes are up; logs are in {cluster.folder}. To use them:\n")
     print(f"  export SLURM_CONF={cluster.conf}")
-    print("  sbatch --nodes=2 --ntasks-per-node=1 launch/train.sbatch experiment=digits strategy=zero2")
+    print("  diffusion-trainer submit launcher=local_cluster experiment=digits strategy=zero2")
     print("  sinfo; squeue; scancel <job>")
     print(f"  python launch/local_cluster.py down --folder {cluster.folder}")
     return 0

@@ -1,24 +1,20 @@
 """launch/train.sbatch on a real SLURM of two nodes on this machine: a job survives what can happen to it."""
 
-import csv
-import importlib.util
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import cluster_jobs
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from cluster_jobs import INSTALLED, begun, curve, log_of, rank_of, script, until, worker_of
+from conftest import SMALL
 
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
-SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-INSTALLED = all(shutil.which(name, path=SBIN) for name in ("slurmctld", "slurmd", "munged"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.slurm,
@@ -29,88 +25,28 @@ RUN = [
     "experiment=digits", *SMALL, "strategy=zero2", f"num_images={IMAGES}", "callbacks.evaluate=null",
     "callbacks.checkpoint.every_n_images=320", "allowed_targets=[crashing]",
 ]  # fmt: skip
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
-
-
-def script():
-    """launch/local_cluster.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("local_cluster", ROOT / "launch" / "local_cluster.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two nodes with more cores than there are, so that nothing waits for them."""
-    with tempfile.TemporaryDirectory() as folder, script().LocalCluster(Path(folder), nodes=2, cpus=4) as cluster:
+    with tempfile.TemporaryDirectory() as folder, cluster_jobs.local_cluster(Path(folder)) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def checkout(folder):
-    """Where jobs are submitted: with shards, and the .venv that runs this test."""
-    (folder / ".venv").symlink_to(sys.prefix)
-    return folder
+    """Where jobs are submitted."""
+    return cluster_jobs.prepare(folder)
 
 
 @pytest.fixture(scope="module")
 def submit(cluster, checkout):
     """submit(name, *arguments) -> the number of a job of two nodes with a task each."""
-
-    def submit(name: str, *arguments: str) -> str:
-        sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", str(ROOT / "launch" / "train.sbatch")]
-        paths = f"{ROOT / 'tests'}:{ROOT / 'tests' / 'slurm'}"
-        return cluster.run(*sbatch, *RUN, f"name={name}", *arguments, cwd=checkout, PYTHONPATH=paths).strip()
-
-    return submit
+    return lambda name, *arguments: cluster_jobs.submit(cluster, checkout, *RUN, f"name={name}", *arguments)
 
 
-def ended(cluster, checkout, job: str, seconds: float = 300) -> tuple[dict[str, str], str]:
-    """What SLURM says of a job that has ended for good, and its log."""
-    until(lambda: cluster.job(job)["JobState"] in OVER, f"job {job} did not end", seconds)
-    return cluster.job(job), log_of(checkout, job)
-
-
-def log_of(checkout, job: str) -> str:
-    path = checkout / f"slurm-{job}.log"
-    return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def until(condition, complaint: str, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, complaint
-        time.sleep(0.1)
-
-
-def begun(cluster, checkout, job: str, name: str, images: int = 320) -> None:
-    """Returns when the run has logged so many images, which its job has not ended by then."""
-    path = checkout / "runs" / name / "metrics.csv"
-
-    def logged() -> bool:
-        assert cluster.job(job)["JobState"] not in OVER, log_of(checkout, job)
-        return path.is_file() and f"\n{images}," in path.read_text()
-
-    until(logged, f"{path} never came to {images} images")
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) if pid else 0
-
-
-def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text()
-
-
-def rank_of(cluster, rank: int) -> int:
-    """The process of this rank that trains: its grandparent is SLURM's, its parent the shell that watches it."""
-    for pid in cluster.processes():
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        above = parent(parent(pid))
-        if f"SLURM_PROCID={rank}".encode() in entries and above and "slurmstepd" in name_of(above):
-            return pid
-    raise AssertionError(f"there is no rank {rank}")
+def ended(cluster, checkout, job: str) -> tuple[dict[str, str], str]:
+    return cluster_jobs.ended(cluster, checkout, job)
 
 
 def state(run: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -127,8 +63,7 @@ def same_as_undisturbed(run: Path, alone: Path) -> None:
     for kind, tensors in theirs.items():
         for name, tensor in tensors.items():
             assert torch.equal(ours[kind][name], tensor), (kind, name)
-    with (run / "metrics.csv").open(newline="") as file:
-        assert [int(row["images_seen"]) for row in csv.DictReader(file)] == list(range(16, IMAGES + 1, 16))
+    assert curve(run) == list(range(16, IMAGES + 1, 16))
 
 
 @pytest.fixture(scope="module")
@@ -181,18 +116,45 @@ def test_a_job_that_must_make_way_saves_comes_back_and_ends_as_if_nothing_had_ha
     same_as_undisturbed(checkout / "runs" / name, alone)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_job_within_seconds_and_it_goes_on_from_its_checkpoint(
-    cluster, checkout, submit, alone, rank
+def killed_rank_0(cluster) -> None:
+    os.kill(rank_of(cluster, 0), signal.SIGKILL)
+
+
+def killed_rank_1(cluster) -> None:
+    os.kill(rank_of(cluster, 1), signal.SIGKILL)
+
+
+def killed_worker(cluster) -> None:
+    os.kill(worker_of(cluster, 1), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("happens", [killed_rank_0, killed_rank_1, killed_worker], ids=lambda f: f.__name__)
+def test_a_killed_process_ends_the_job_within_seconds_and_it_goes_on_from_its_checkpoint(
+    cluster, checkout, submit, alone, happens
 ):
-    name = f"killed-{rank}"
-    number = submit(name)
+    name = happens.__name__
+    number = submit(name, "data.num_workers=1")
     begun(cluster, checkout, number, name, 640)
-    os.kill(rank_of(cluster, rank), signal.SIGKILL)
-    until(lambda: cluster.job(number)["Restarts"] == "1", log_of(checkout, number), 45)
+    happens(cluster)
+    until(lambda: cluster.job(number)["Restarts"] == "1", lambda: log_of(checkout, number), 45)
     job, log = ended(cluster, checkout, number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
     assert "back into the queue, to resume from checkpoint images-" in log
+    assert "resuming from images-" in log
+    same_as_undisturbed(checkout / "runs" / name, alone)
+
+
+@pytest.mark.parametrize("node", ["node1", "node2"])
+def test_a_job_that_has_lost_a_node_waits_for_another_and_goes_on(cluster, checkout, submit, alone, node):
+    """The first node is where the job's script runs and ranks meet."""
+    name = f"lost-{node}"
+    number = submit(name)
+    begun(cluster, checkout, number, name, 640)
+    cluster.crash(node)
+    until(lambda: cluster.job(number)["Restarts"] == "1", lambda: log_of(checkout, number), 90)
+    cluster.boot(node)
+    job, log = ended(cluster, checkout, number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
     assert "resuming from images-" in log
     same_as_undisturbed(checkout / "runs" / name, alone)
 
@@ -210,7 +172,8 @@ def test_a_crash_loop_stops_and_says_how_to_go_on(cluster, checkout, submit):
     number = submit("loop", *crash)
     job, log = ended(cluster, checkout, number)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "2"), log
-    assert log.count("RuntimeError: crash of the test") == 3
+    assert log.count("post-mortem of ") == 3
+    assert "RuntimeError: crash of the test" in log
     assert "3 starts in a row without a newer checkpoint" in log
     assert f"log     {checkout}/slurm-{number}.log" in log
     assert "sbatch --nodes=2 --ntasks-per-node=1 launch/train.sbatch experiment=digits" in log
@@ -222,8 +185,8 @@ def test_a_cancelled_job_saves_and_stays_away(cluster, checkout, submit):
     begun(cluster, checkout, number, "cancelled")
     cluster.run("scancel", number)
     job, _ = ended(cluster, checkout, number)
-    until(lambda: "stopped at " in log_of(checkout, number), log_of(checkout, number))
-    time.sleep(1)
+    until(lambda: "stopped at " in log_of(checkout, number), lambda: log_of(checkout, number))
+    time.sleep(1)  # in which it would come back
     assert (job["JobState"], cluster.job(number)["Restarts"]) == ("CANCELLED", "0")
 
 
@@ -234,7 +197,7 @@ def test_nothing_is_left_of_a_cluster(tmp_path_factory):
         with cluster:
             stubborn = "trap '' TERM; echo here; while :; do sleep 1; done"
             cluster.run("sbatch", f"--output={folder}/log", f'--wrap=srun bash -c "{stubborn}"')
-            until(lambda: Path(folder, "log").is_file() and "here" in Path(folder, "log").read_text(), "never started")
+            until(lambda: Path(folder, "log").is_file() and "here" in Path(folder, "log").read_text(), str)
             assert len(cluster.processes()) > 5
             with pytest.raises(Exception, match=r"is up in .* already"):
                 other.up()

@@ -1,0 +1,217 @@
+"""One run on a real SLURM of two nodes that is hit by fault after fault, against one that was left alone.
+
+    python tests/soak.py [--faults 50] [--seed 0] [--shards shards/digits] [--folder F]
+
+Each fault comes at a random moment, once the run has got further than it was at the last. Prints a table in Markdown
+and "N of N survived, L lost": faults after which the run went on with nobody's help, and samples that are missing or
+other ones than in the run that was left alone.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from cluster_jobs import (
+    OVER,
+    begun,
+    curve,
+    ended,
+    local_cluster,
+    log_of,
+    newest_row,
+    prepare,
+    rank_of,
+    submit,
+    until,
+    worker_of,
+)  # fmt: skip
+from conftest import SMALL
+from ledgers import lines
+
+from diffusion_trainer.training.checkpoints import Checkpoint, latest
+
+BATCH, STEPS_PER_FAULT = 16, 100
+FURTHER = 24  # steps, at most, that a run goes after it has come back before it is hit again
+PATIENCE_SECONDS = 120
+RUN = [
+    "experiment=digits", *SMALL, "strategy=zero2", "callbacks.evaluate=null", "ema=several", "data.num_workers=1",
+    f"callbacks.checkpoint.every_n_images={8 * BATCH}", "allowed_targets=[spies]",
+    "callbacks.heartbeat.hang_timeout_seconds=15", "+callbacks.ledger._target_=spies.Ledger",
+]  # fmt: skip
+
+
+@dataclass
+class Job:
+    """The run that is hit."""
+
+    cluster: object
+    checkout: Path
+    number: str
+    choose: random.Random
+
+    def rank(self) -> int:
+        return self.choose.randrange(2)
+
+    def node(self) -> str:
+        return self.choose.choice(self.cluster.nodes)
+
+
+def killed_rank(job: Job) -> None:
+    os.kill(rank_of(job.cluster, job.rank()), signal.SIGKILL)
+
+
+def stopped_rank(job: Job) -> None:
+    os.kill(rank_of(job.cluster, job.rank()), signal.SIGSTOP)
+
+
+def killed_worker(job: Job) -> None:
+    os.kill(worker_of(job.cluster, job.rank()), signal.SIGKILL)
+
+
+def stopped_worker(job: Job) -> None:
+    os.kill(worker_of(job.cluster, job.rank()), signal.SIGSTOP)
+
+
+def one_rank_told_to_stop(job: Job) -> None:
+    number = job.choose.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+    os.kill(rank_of(job.cluster, job.rank()), number)
+
+
+def told_to_stop(job: Job) -> None:
+    job.cluster.run("scancel", "--signal=TERM", job.number)
+
+
+def requeued(job: Job) -> None:
+    job.cluster.run("scontrol", "requeue", job.number)
+
+
+def preempted(job: Job) -> None:
+    job.cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+
+def lost_node(job: Job) -> None:
+    """It is back after the job was put into the queue again."""
+    node, starts = job.node(), job.cluster.job(job.number)["Restarts"]
+    job.cluster.crash(node)
+    until(lambda: job.cluster.job(job.number)["Restarts"] != starts, lambda: "not requeued", PATIENCE_SECONDS)
+    job.cluster.boot(node)
+
+
+FAULTS = (
+    killed_rank, stopped_rank, killed_worker, stopped_worker, one_rank_told_to_stop, told_to_stop, requeued, preempted,
+    lost_node,
+)  # fmt: skip
+
+
+@dataclass
+class Report:
+    rows: list[tuple] = field(default_factory=list)
+    survived: int = 0
+    lost: int = 0  # samples
+    same_curve: bool = False
+    different: list[str] = field(default_factory=list)  # tensors
+
+    def text(self) -> str:
+        head = ["| fault | at images | seconds until it trained on |", "|---|---|---|"]
+        table = [*head, *("| " + " | ".join(map(str, row)) + " |" for row in self.rows)]
+        same = "bitwise those" if not self.different else f"not those ({', '.join(self.different[:5])})"
+        end = f"Weights, averages and moments are {same} of the run that was left alone"
+        rows = "each step is logged once" if self.same_curve else "its curve is another"
+        return "\n".join(
+            [*table, "", f"{self.survived} of {len(self.rows)} survived, {self.lost} lost. {end}; {rows}."]
+        )
+
+    @property
+    def good(self) -> bool:
+        return self.survived == len(self.rows) and not self.lost and not self.different and self.same_curve
+
+
+def soak(folder: Path, cluster, *, faults: int, seed: int, kinds: Sequence[Callable] = FAULTS) -> Report:
+    """Both runs, in folder/runs; shards of the digits must be there."""
+    choose, report = random.Random(seed), Report()
+    run, alone = (folder / "runs" / name for name in ("soaked", "alone"))
+    every = [choose.sample(kinds, len(kinds)) for _ in range(-(-faults // len(kinds)))]  # each as often as the others
+    whole = [*RUN, f"num_images={faults * STEPS_PER_FAULT * BATCH}"]
+    state, log = ended(cluster, folder, submit(cluster, folder, *whole, "name=alone"), PATIENCE_SECONDS + faults * 60)
+    assert state["JobState"] == "COMPLETED", log
+    job = Job(cluster, folder, submit(cluster, folder, *whole, "name=soaked"), choose)
+    begun(cluster, folder, job.number, "soaked", BATCH)
+    for fault in [f for turn in every for f in turn][:faults]:
+        at = newest_row(run) + choose.randrange(1, FURTHER) * BATCH
+        begun(cluster, folder, job.number, "soaked", at)
+        time.sleep(choose.uniform(0, 0.3))
+        report.rows.append((fault.__name__.replace("_", " "), *_hit(job, fault, run)))
+        print(*report.rows[-1], sep=", ", file=sys.stderr)
+        report.survived += report.rows[-1][-1] != "never"
+        if report.rows[-1][-1] == "never":
+            print(log_of(folder, job.number)[-4000:], file=sys.stderr)
+            break
+    state, log = ended(cluster, folder, job.number, PATIENCE_SECONDS + faults * 60)
+    assert state["JobState"] == "COMPLETED", log
+    _compare(report, alone, run)
+    return report
+
+
+def _hit(job: Job, fault: Callable[[Job], None], run: Path) -> tuple[int, str]:
+    """Where the run was, and how long it took until it had got further in another start."""
+    at, starts, begin = newest_row(run), _starts(job), time.monotonic()
+    fault(job)
+
+    def further() -> bool:
+        return _state(job) in OVER or (_starts(job) > starts and newest_row(run) > at)
+
+    try:
+        until(further, lambda: "it did not come back", PATIENCE_SECONDS)
+    except AssertionError:
+        return at, "never"
+    return at, f"{time.monotonic() - begin:.0f}" if _state(job) not in OVER[1:] else "never"
+
+
+def _state(job: Job) -> str:
+    return job.cluster.job(job.number)["JobState"]
+
+
+def _starts(job: Job) -> int:
+    return log_of(job.checkout, job.number).count("run soaked in")
+
+
+def _compare(report: Report, alone: Path, run: Path) -> None:
+    whole, seen = dict(lines(alone)), lines(run)
+    report.lost = len(set(whole) - {number for number, _ in seen}) + len(set(seen) - set(whole.items()))
+    report.same_curve = curve(run) == curve(alone)
+    ours, theirs = (Checkpoint(latest(path / "checkpoints")) for path in (run, alone))
+    for kind in sorted(ours.kinds | theirs.kinds):
+        a, b = ours.whole(kind), theirs.whole(kind)
+        report.different += [f"{kind} of {name}" for name in b if not torch.equal(a[name], b[name])]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="kinds of faults, with commas: " + ", ".join(f.__name__ for f in FAULTS))
+    parser.add_argument("--shards", type=Path, default=Path("shards/digits"), help="that data/digits.py has written")
+    parser.add_argument("--folder", type=Path, help="to work in; a temporary one that is removed by default")
+    options = parser.parse_args(arguments)
+    wanted = options.only.split(",") if options.only else [f.__name__ for f in FAULTS]
+    kinds = [f for f in FAULTS if f.__name__ in wanted]
+    with tempfile.TemporaryDirectory() as temporary, local_cluster(Path(temporary) / "cluster") as cluster:
+        folder = (options.folder or Path(temporary)).absolute()
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        (folder / "shards" / "digits").symlink_to(options.shards.resolve())
+        report = soak(prepare(folder), cluster, faults=options.faults, seed=options.seed, kinds=kinds)
+    print(report.text())
+    return 0 if report.good else 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))
