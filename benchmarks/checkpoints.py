@@ -14,8 +14,9 @@ from time import perf_counter
 import torch
 
 from diffusion_trainer.training.agreement import Agreement
-from diffusion_trainer.training.saving import Saver, Snapshots
+from diffusion_trainer.training.saving import Saver
 from diffusion_trainer.training.sharding import Replicated
+from diffusion_trainer.training.snapshots import Snapshots
 
 KINDS = ("ema", "exp_avg", "exp_avg_sq")
 

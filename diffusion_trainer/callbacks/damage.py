@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 from diffusion_trainer.callbacks.run import RunCallback, crossed
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.streaming.damage import Found
 
 LIST = "damage.csv"
 AT_LEAST = 10_000  # samples that a share is taken of
+KEY = "damage"  # in the run's state
+HEAD = ("images_seen", *Found._fields)
 
 
 class CountDamage(RunCallback):
     """Replaced samples of all ranks, to the screen, the loggers and <folder>/damage.csv every `every_n_images`,
     and when a rank meets an error of the data that stops the run, what that rank has found.
+
+    Counts and list are those of the whole run, restarts or not.
 
     budget: the share of the samples that may be damaged: of those since the start of this process, or (while there have
     been fewer) of an epoch's `count`, at most 10,000. Beyond it the run saves and stops.
@@ -25,62 +30,96 @@ class CountDamage(RunCallback):
         self.at_least = min(count or AT_LEAST, AT_LEAST)
 
     def start(self) -> None:
-        self._new: list[Found] = []
-        self._counts: Counter[str] = Counter()  # by kind
-        self._shards: Counter[tuple[str, str]] = Counter()  # by kind and shard
-        self._began = self.run.images_seen
+        run, self._began = self.run, self.run.images_seen
+        kept = run.state.get(KEY, {"counts": {}, "new": []})
+        self._before: Counter[str] = Counter(kept["counts"])  # by kind, of the run until now
+        self._counts: Counter[str] = Counter()  # by kind, of this process
+        self._shards: Counter[tuple[str, str]] = Counter()  # by kind and shard, of this process
+        self._new = [(at, Found(*found)) for at, found in kept["new"]] if run.first else []  # with the images seen then
+        self._listed = self._forget_after(self._began) if run.first else set()
+
+    def before_save(self) -> None:
+        found = [f for share in self.run.agreement.gather(self._new) for f in share]
+        self.run.state[KEY] = {"counts": self._before + self._counts, "new": found}
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
         if "error" in batch:  # this rank alone ends here: the others cannot be asked, and may not have come so far
-            found = [*self._new, *batch.get("damage", ())]
+            found = [*self._new, *self._at(batch.get("damage", ()))]
             if found:
                 self._write(found)
                 self._tell(found)
+                self._log()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
-        self._new += batch["damage"]
+        self._new += self._at(batch["damage"])
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def _at(self, found: Sequence[Found]) -> list[tuple[int, Found]]:
+        return [(self.run.images_seen, f) for f in found]
 
     def after_step(self, previous: int) -> None:
         run = self.run
         done = run.images_seen >= run.module.progress.num_images
         if not done and not crossed(previous, run.images_seen, self.every_n_images):
             return
-        if self._too_many():
+        too_many, found = self._weigh()
+        if found:
+            self._log()
+        if too_many:
             run.save()
             raise UserError(self._verdict())
 
     def on_train_end(self, trainer, module) -> None:
-        if self._too_many():  # a stop came between two marks, and has saved
+        too_many, _ = self._weigh()  # a stop came between two marks, and has saved: what it found is logged at the next
+        if too_many:
             raise UserError(self._verdict())
 
-    def _too_many(self) -> bool:
-        """All ranks must ask: what they have found since the last time is told, and weighed against the budget."""
+    def _weigh(self) -> tuple[bool, bool]:
+        """Whether it is too many, and whether any are new. All ranks must ask: what they have found since the last time
+        is told, and weighed against the budget.
+        """
         found = [f for share in self.run.agreement.gather(self._new) for f in share]
         self._new = []
         if found:
             if self.run.first:
                 self._write(found)
             self._tell(found)
-        return bool(found) and sum(self._counts.values()) > self.budget * self._seen
+        return bool(found) and sum(self._counts.values()) > self.budget * self._seen, bool(found)
 
-    def _tell(self, found: Sequence[Found]) -> None:
-        run = self.run
-        self._counts.update(f.kind for f in found)
-        self._shards.update((f.kind, f.shard) for f in found)
-        total = sum(self._counts.values())
-        run.log({"data/damaged": total, **{f"data/damaged_{kind}": n for kind, n in self._counts.items()}})
-        kinds = ", ".join(f"{n} {kind}" for kind, n in self._counts.most_common())
-        run.say(f"  {total:,} damaged samples were replaced ({kinds}); {run.folder / LIST} lists them")
+    def _tell(self, found: Sequence[tuple[int, Found]]) -> None:
+        self._counts.update(f.kind for _, f in found)
+        self._shards.update((f.kind, f.shard) for _, f in found)
+        counts = self._before + self._counts
+        kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+        self.run.say(
+            f"  {sum(counts.values()):,} damaged samples were replaced ({kinds}); {self.run.folder / LIST} lists them"
+        )
 
-    def _write(self, found: Sequence[Found]) -> None:
+    def _log(self) -> None:
+        counts = self._before + self._counts
+        self.run.log({"data/damaged": sum(counts.values()), **{f"data/damaged_{k}": n for k, n in counts.items()}})
+
+    def _write(self, found: Sequence[tuple[int, Found]]) -> None:
         path = self.run.folder / LIST
         new = not path.exists()
         with path.open("a", newline="") as file:
             rows = csv.writer(file)
             if new:
-                rows.writerow(("images_seen", *Found._fields))
-            rows.writerows((self.run.images_seen, *f) for f in found)
+                rows.writerow(HEAD)
+            rows.writerows(row for row in map(_row, sorted(found)) if row not in self._listed)
+
+    def _forget_after(self, images_seen: int) -> set[tuple[str, ...]]:
+        """What the list goes on from. A lost step will find its damage again, and a stop has listed what is yet to be
+        counted.
+        """
+        path = self.run.folder / LIST
+        if not path.is_file():
+            return set()
+        with path.open(newline="") as file:
+            kept = [tuple(row) for row in csv.reader(file) if len(row) == len(HEAD) and _number(row) <= images_seen]
+        with whole(path) as part, part.open("w", newline="") as file:
+            csv.writer(file).writerows([HEAD, *kept])
+        return set(kept)
 
     @property
     def _seen(self) -> int:
@@ -94,3 +133,12 @@ class CountDamage(RunCallback):
             f"{self.run.folder / LIST} lists all. Mend the shards (diffusion-trainer inspect names what is wrong), or "
             "raise the budget; the same command then goes on from the checkpoint"
         )
+
+
+def _row(found: tuple[int, Found]) -> tuple[str, ...]:
+    return tuple(map(str, (found[0], *found[1])))
+
+
+def _number(row: Sequence[str]) -> float:
+    """Images seen of a row of the list; the head has none."""
+    return int(row[0]) if row[0].isdecimal() else float("inf")

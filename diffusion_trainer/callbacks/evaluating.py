@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from diffusion_trainer.callbacks.loggers import log_picture
 from diffusion_trainer.callbacks.run import RunCallback, crossed
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.evaluation.evaluation import Interrupted
@@ -43,8 +42,8 @@ class Evaluating(RunCallback):
         run.state["evaluations"] = self.history
         due = self._due(now - run.module.progress.batch_size) if now else self.at_start
         interrupted = run.state.pop(DUE, False)
-        if (interrupted or due) and not _has(self.history, now):
-            self.evaluate()
+        if (interrupted or due) and not _has(self.history, now) and not self.evaluate():
+            run.stop()  # before the first step: these are the weights to be measured
 
     def after_step(self, previous: int) -> None:
         if self._due(previous) and not self.run.stopping and not self.evaluate():
@@ -74,7 +73,7 @@ class Evaluating(RunCallback):
             pictures.save(picture, run.folder / "samples" / f"images-{run.images_seen:012d}.png")
             pictures.save(picture, run.folder / "samples.png")
             for logger in run.trainer.loggers:
-                log_picture(logger, "eval/samples", picture, run.images_seen)
+                logger.log_picture("eval/samples", picture, run.images_seen)
         self.history.append(record)
         run.log({f"eval/{name}": value for name, value in metrics.items()})
         self._report()  # last: what it has is not done again
@@ -84,7 +83,7 @@ class Evaluating(RunCallback):
         run = self.run
         if run.evaluation is None:
             return {}
-        return run.evaluation(generator, lambda: run.stop_signal is not None)
+        return run.evaluation(generator, run.told_to_stop)
 
     def _picture(self, generator: Generator):
         """A grid of ROWS x COLUMNS samples, always the same numbers; ten classes stand one to a column."""

@@ -1,6 +1,7 @@
 """Steps that were not taken, a loss that has left its course, and the way back to the last good checkpoint."""
 
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,7 @@ from diffusion_trainer.training.saving import order_of
 KEY = "guard"  # in the run's state
 CHECKPOINTS = "checkpoints"  # folder of a run
 TO_DEVIATION = 1.4826  # of a normal law over its median absolute deviation
+NONE = [0.0, 0.0, 0.0]  # said of no step
 
 
 class Guarding(RunCallback):
@@ -25,6 +27,8 @@ class Guarding(RunCallback):
     standard deviations above that of the `history` steps before these, the run goes back to its newest whole checkpoint
     (in the second case from before the `recent` steps; skipped ones have changed no weight), and on from there with the
     data that comes after: at most `rollbacks` times.
+
+    A step that only a float16 run's loss scale overflowed in is counted, and no more.
 
     A step's numbers are read while the next one is computed, so that no device is waited for.
     """
@@ -45,9 +49,10 @@ class Guarding(RunCallback):
     def start(self) -> None:
         self._loss, self._later = torch.zeros(()), Later()
         kept = self.run.state.get(KEY, {"losses": [], "skipped": 0, "in_a_row": 0})
+        self.run.reach_images = (self.recent + 1) * self.run.module.progress.batch_size  # a spike is known a step late
         self._losses = deque(kept["losses"], maxlen=self.history + self.recent)  # of steps that were taken
         self._skipped, self._in_a_row = kept["skipped"], kept["in_a_row"]
-        if gone_back := len(Rollbacks(self.run.folder).all):
+        if self.run.first and (gone_back := len(Rollbacks(self.run.folder).all)):
             self.run.log({"train/rollbacks": gone_back})
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
@@ -55,13 +60,20 @@ class Guarding(RunCallback):
         self._loss = self._loss.to(share.device) + share
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
+    def ask(self) -> list[float]:
+        """Of the step before."""
+        return self._later.numbers() or NONE
+
     def after_step(self, previous: int) -> None:
         run = self.run
-        kept = torch.as_tensor(run.module.nonfinite.kept, device=self._loss.device)
-        numbers = torch.stack([self._loss, kept * (not run.sharding.skipped)])
+        means = run.answer(self)
+        if (earlier := self._later.at) is not None:
+            self._judge(earlier, means)
+        kept, scale = run.module.nonfinite.kept, run.module.loss_scale
+        flags = [torch.as_tensor(x, device=self._loss.device) for x in (kept, scale.to_blame if scale else 0.0)]
+        numbers = torch.stack([self._loss, *flags])
         self._loss = torch.zeros_like(self._loss)
-        if (earlier := self._later.exchange(previous, numbers)) is not None:
-            self._judge(*earlier)
+        self._later.keep(previous, numbers)
 
     def before_save(self) -> None:
         self._settle()
@@ -72,24 +84,33 @@ class Guarding(RunCallback):
         self._settle()
 
     def _settle(self) -> None:
-        if (last := self._later.exchange(0, None)) is not None:
-            self._judge(*last)
+        if (last := self._later.at) is not None:
+            means = self.run.agreement.mean(self._later.numbers())
+            self._later = Later()
+            self._judge(last, means)
 
-    def _judge(self, at: int, numbers: list[float]) -> None:
+    def _judge(self, at: int, means: Sequence[float]) -> None:
         """Of the step that began when `at` images had been seen. All ranks come to the same judgement."""
         if self.run.rolled_back:
             return  # one step was on its way when that was decided
-        loss, kept = self.run.agreement.mean(numbers)
+        loss, kept, scale_to_blame = means
         if kept == 1:
             self._in_a_row = 0
             self._losses.append(loss)
             self._check_loss(at)
             return
-        self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
-        self.run.log({"train/skipped_steps": self._skipped})
+        if scale_to_blame:  # float16 finds its scale so: the next step has half of it
+            self._count(at)
+            return
+        self._count(at)
+        self._in_a_row += 1
         self.run.alert("step not taken", f"the gradient at {at:,} images was not finite: that step was not taken")
         if self._in_a_row >= self.skipped_in_a_row:  # none of them has changed a weight: any checkpoint will do
             self._go_back(at, f"{self._in_a_row} steps in a row had gradients that are not finite")
+
+    def _count(self, at: int) -> None:
+        self._skipped += 1  # logged at the end of that step, whenever it is judged: so with a restart as without
+        self.run.log({"train/skipped_steps": self._skipped}, at + self.run.module.progress.batch_size)
 
     def _check_loss(self, at: int) -> None:
         if len(self._losses) < self.history + self.recent:
@@ -104,9 +125,9 @@ class Guarding(RunCallback):
 
     def _go_back(self, began: int, reason: str) -> None:
         """To the newest whole checkpoint of at most `began` images. All ranks must call it."""
-        run, known = self.run, Rollbacks(self.run.folder)
+        run = self.run
         run.settle()  # a checkpoint may be on its way to the disk
-        mine = (before(run.folder / CHECKPOINTS, began), len(known.all)) if run.first else None
+        mine = (before(run.folder / CHECKPOINTS, began), len(Rollbacks(run.folder).all)) if run.first else None
         found, rollbacks = run.agreement.gather(mine)[0]
         where = f"At {run.images_seen:,} images {reason}"
         if found is None or rollbacks >= self.rollbacks:
@@ -134,22 +155,24 @@ class Guarding(RunCallback):
 
 
 class Later:
-    """Numbers on a device, read when the next ones are there."""
+    """Numbers of a step on a device, read a step later."""
 
     def __init__(self):
-        self._kept: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self.at: int | None = None  # images seen before that step
+        self._copied: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def exchange(self, at: int, numbers: Tensor | None) -> tuple[int, list[float]] | None:
-        """Keeps (at, numbers); returns the ones before, None at first."""
-        before, self._kept = self._kept, None
-        if numbers is not None:
-            event = torch.cuda.Event() if numbers.is_cuda else None
-            self._kept = at, numbers.to("cpu", non_blocking=True), event
-            if event:
-                event.record()
-        if before is None:
+    def keep(self, at: int, numbers: Tensor) -> None:
+        """In the place of those before."""
+        event = torch.cuda.Event() if numbers.is_cuda else None
+        self.at, self._copied = at, (numbers.to("cpu", non_blocking=True), event)
+        if event:
+            event.record()
+
+    def numbers(self) -> list[float] | None:
+        """Those that are kept, once they are there; None without."""
+        if self._copied is None:
             return None
-        then, copied, done = before
-        if done:
-            done.synchronize()
-        return then, copied.tolist()
+        numbers, event = self._copied
+        if event:
+            event.synchronize()
+        return numbers.tolist()

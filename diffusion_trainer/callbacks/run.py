@@ -1,6 +1,7 @@
 """What the callbacks of one run share."""
 
-from collections.abc import Callable, Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from diffusion_trainer.callbacks.loggers import alert
 from diffusion_trainer.evaluation.evaluation import Prepared
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule
 from diffusion_trainer.training.sharding import Sharding
+
+STOP = "stop"  # a file in a run's folder, made by hand: as a SIGTERM
 
 
 @dataclass
@@ -34,8 +36,12 @@ class Run:
     settle: Callable[[], None] = lambda: None  # waits until what was to be saved is on the disk
     stop: Callable[[], None] | None = None  # ends the training, saved, after this step: for all ranks at once
     stopping: bool = False  # whether the training ends after this step
+    beat: Callable[..., None] = lambda doing, allowed_seconds=0.0: None  # a sign of life (see Heartbeat)
     rolled_back: bool = False  # it does because the run goes back to an earlier checkpoint
     aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training
+    save_seconds: float | None = None  # that writing the last checkpoint took
+    reach_images: int = 0  # how far back from the newest checkpoint there must be one
+    _answers: tuple[int, Mapping["RunCallback", list[float]]] = (-1, {})
 
     @property
     def first(self) -> bool:
@@ -44,6 +50,25 @@ class Run:
     @property
     def images_seen(self) -> int:
         return self.module.images_seen
+
+    def told_to_stop(self) -> bool:
+        """Whether this rank is: by a signal or, rank 0, by the file <folder>/stop. The others learn it by agreement."""
+        if self.stop_signal is None and self.first and (self.folder / STOP).exists():
+            self.stop_signal = signal.SIGTERM
+        return self.stop_signal is not None
+
+    def answer(self, callback: "RunCallback") -> list[float]:
+        """The means over the ranks of what the callback's `ask` says after this step.
+
+        One reduction a step for all callbacks: the first one that wants its answer asks for all. All ranks must want.
+        """
+        at, answers = self._answers
+        if at != self.images_seen:
+            asked = {c: list(c.ask()) for c in self.trainer.callbacks if isinstance(c, RunCallback)}
+            means = iter(self.agreement.mean([number for numbers in asked.values() for number in numbers]))
+            answers = {c: [next(means) for _ in numbers] for c, numbers in asked.items()}
+            self._answers = self.images_seen, answers
+        return answers[callback]
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -55,13 +80,14 @@ class Run:
         self.say(f"  WARNING: {text}")
         if self.first:
             for logger in self.trainer.loggers:
-                alert(logger, title, text)
+                logger.alert(title, text)
 
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """To every logger, at images seen. Rank 0 does it alone."""
+    def log(self, metrics: Mapping[str, float], images_seen: int | None = None) -> None:
+        """To every logger, at so many images, by default those seen until now. Rank 0 does it alone."""
+        at = self.images_seen if images_seen is None else images_seen
         if self.first:
             for logger in self.trainer.loggers:
-                logger.log_metrics({"images_seen": self.images_seen, **metrics}, step=self.images_seen)
+                logger.log_metrics({"images_seen": at, **metrics}, step=at)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -81,6 +107,10 @@ class RunCallback(Callback):
 
     def after_step(self, previous: int) -> None:
         """After each optimizer step; `previous` images had been seen before it."""
+
+    def ask(self) -> Sequence[float]:
+        """After each optimizer step, before any callback's `after_step` has its `run.answer(self)`: always as many."""
+        return ()
 
     def before_save(self) -> None:
         """Before each checkpoint, on all ranks: what it keeps of this callback must be in the run's state."""

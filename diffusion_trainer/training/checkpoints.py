@@ -21,8 +21,9 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training import saving
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import MANIFEST, DamagedCheckpoint, read_back, read_manifest
-from diffusion_trainer.training.saving import LATEST, WEIGHT, Snapshots, folders, order_of, shapes_of
+from diffusion_trainer.training.saving import LATEST, folders, order_of
 from diffusion_trainer.training.sharding import Sharding
+from diffusion_trainer.training.snapshots import WEIGHT, Snapshots, shapes_of
 
 
 def save(root: Path, images_seen: int, sharding: Sharding, state: Mapping, agreement: Agreement, keep: int) -> Path:

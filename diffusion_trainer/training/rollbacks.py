@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import DamagedCheckpoint, write_text
 from diffusion_trainer.training.checkpoints import Checkpoint, put_aside
 from diffusion_trainer.training.saving import LATEST, folders, order_of
@@ -53,6 +54,12 @@ class Rollbacks:
     def _write(self, rollbacks: list[Rollback]) -> None:
         write_text(self.path, json.dumps([asdict(r) for r in rollbacks], indent=1) + "\n")
         self.all = rollbacks
+
+
+def left_out(folder: Path, images_seen: int, agreement: Agreement) -> int:
+    """`Rollbacks.left_out` as rank 0 sees the file: on the others a network file system may lag. All must call it."""
+    first = agreement.rank == 0
+    return agreement.gather(Rollbacks(folder).left_out(images_seen) if first else None)[0]
 
 
 def before(root: Path, images_seen: int) -> Path | None:

@@ -4,87 +4,24 @@ A folder is made under a name that no reader looks at, and is renamed, once, to 
 instant there is a whole checkpoint, that before or this one.
 """
 
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
+from time import monotonic
 from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
 
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import FORMAT, Written, sync, write_manifest, write_tensors, write_text
 from diffusion_trainer.training.sharding import Sharding
+from diffusion_trainer.training.snapshots import Snapshot, Snapshots
 
-WEIGHT = "weight"
 LATEST = "latest"
 NAME = re.compile(r"images-(\d{12,})(?:-(\d{1,6}))?")  # the second number is that of a name that was taken
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that a checkpoint holds, as it was at one step."""
-
-    images_seen: int
-    optimizer_steps: float
-    shapes: dict[str, list[int]]
-    state: Mapping[str, Any]
-    tensors: Mapping[str, Tensor] | None  # CPU; None where another rank writes what this one holds too
-
-
-class Snapshots:
-    """Copies of a rank's weights and optimizer state, or of those kinds that `keeps`, in memory kept for the next.
-
-    Copying to pages that are there takes a tenth of the time of copying to new ones.
-    """
-
-    def __init__(self, sharding: Sharding, rank: int, keeps: Callable[[str], bool] = lambda kind: True):
-        self.sharding, self.holds, self.keeps = sharding, rank == 0 or not sharding.replicated, keeps
-        self._buffers: dict[str, Tensor] = {}
-
-    def missing(self) -> dict[str, Tensor]:
-        """What the next snapshot has no memory for yet."""
-        return {key: run for key, run in self._runs() if key not in self._buffers}
-
-    def reserve(self, runs: Mapping[str, Tensor]) -> None:
-        for key, run in runs.items():  # pinned: a copy from a GPU goes past the processor then
-            self._buffers[key] = torch.empty(run.shape, dtype=run.dtype, pin_memory=run.is_cuda).zero_()
-
-    @torch.no_grad()
-    def take(self, images_seen: int, state: Mapping[str, Any]) -> Snapshot:
-        """Overwrites the snapshot before. ValueError or TypeError if `state` is not JSON."""
-        self.reserve(self.missing())
-        runs = dict(self._runs())
-        for key, run in runs.items():
-            self._buffers[key].copy_(run, non_blocking=True)
-        if any(run.is_cuda for run in runs.values()):
-            torch.cuda.synchronize()
-        tensors = {key: self._buffers[key] for key in runs} if self.holds else None
-        shapes = {name: list(shape) for name, shape in shapes_of(self.sharding).items()}
-        return Snapshot(images_seen, self._steps(), shapes, json.loads(json.dumps(state)), tensors)
-
-    def _steps(self) -> float:
-        state = self.sharding.optimizer.state
-        return max({float(state[m]["step"]) for m in self.sharding.masters() if m in state}, default=0.0)
-
-    def _runs(self) -> Iterator[tuple[str, Tensor]]:
-        for slot in self.sharding.slots() if self.holds else ():
-            state = self.sharding.optimizer.state.get(slot.master, {})
-            kinds = {WEIGHT: slot.master} | {k: v for k, v in state.items() if torch.is_tensor(v) and v.dim()}
-            for kind, tensor in kinds.items():
-                if not self.keeps(kind):
-                    continue
-                run = tensor.detach().reshape(-1)[slot.at : slot.at + slot.count]
-                yield f"{kind}/{slot.name}/{slot.first}", run
-
-
-def shapes_of(sharding: Sharding) -> dict[str, torch.Size]:
-    return {name: getattr(p, "ds_shape", p.shape) for name, p in sharding.model.named_parameters() if p.requires_grad}
 
 
 class Saver:
@@ -99,9 +36,11 @@ class Saver:
         agreement: Agreement,
         keep: int,
         keeps: Callable[[str], bool] = lambda kind: True,
+        reach: int = 0,
     ):
-        """keep: how many checkpoints; keeps: which kinds of tensors."""
-        self.root, self.agreement, self.keep = root, agreement, keep
+        """keep, reach: of `write`; keeps: which kinds of tensors."""
+        self.root, self.agreement, self.keep, self.reach = root, agreement, keep, reach
+        self.seconds = 0.0  # that the last save took, from its copy to the end
         self.snapshots = Snapshots(sharding, agreement.rank, keeps)
         self._thread: Thread | None = None
         self._error: Exception | None = None
@@ -113,8 +52,14 @@ class Saver:
 
     def begin(self, images_seen: int, state: Mapping[str, Any]) -> None:
         """Returns once what is to be saved is copied. All ranks must call it, and `wait` before it."""
+        began = monotonic()
         snapshot = self.snapshots.take(images_seen, state)
-        self._start(lambda: write(self.root, snapshot, self.agreement, self.keep))
+
+        def save() -> None:
+            write(self.root, snapshot, self.agreement, self.keep, self.reach)
+            self.seconds = monotonic() - began
+
+        self._start(save)
 
     def _start(self, work: Callable[[], Any]) -> None:
         if self._thread is not None:
@@ -143,8 +88,9 @@ class Saver:
             raise error
 
 
-def write(root: Path, snapshot: Snapshot, agreement: Agreement, keep: int) -> Path:
-    """Writes <root>/images-<images_seen>, moves `latest` to it, then deletes all but the newest `keep` up to it.
+def write(root: Path, snapshot: Snapshot, agreement: Agreement, keep: int, reach: int = 0) -> Path:
+    """Writes <root>/images-<images_seen>, moves `latest` to it, then deletes all but the newest `keep` up to it, and
+    one or two before those where they do not go back by `reach` images.
 
     All ranks must call it. OSError, on all ranks, if any of them could not write; what was there before is intact then.
     """
@@ -177,7 +123,7 @@ def write(root: Path, snapshot: Snapshot, agreement: Agreement, keep: int) -> Pa
             shutil.rmtree(_part(folder), ignore_errors=True)
         raise OSError(f"checkpoint {folder} could not be written: {error}; the one before it is intact") from error
     try:
-        _together(lambda: _retain(root, folder, keep) if first else None, agreement)
+        _together(lambda: _retain(root, folder, keep, reach) if first else None, agreement)
     except OSError as error:
         raise OSError(f"checkpoint {folder} is written, but older ones could not be removed: {error}") from error
     return folder
@@ -240,11 +186,19 @@ def folders(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("images-*") if order_of(p)), key=order_of)
 
 
-def _retain(root: Path, newest: Path, keep: int) -> None:
-    """Deletes checkpoints up to `newest` but the last `keep` numbers of images, and what was saved twice."""
+def _retain(root: Path, newest: Path, keep: int, reach: int) -> None:
+    """Deletes checkpoints up to `newest` but those to keep, and what was saved twice."""
     before = [p for p in folders(root) if order_of(p) <= order_of(newest)]
     last = {order_of(p)[0]: p for p in before}  # of each number of images
-    for old in set(before) - set(list(last.values())[-keep:]):
+    for old in set(before) - {last[images] for images in kept(list(last), keep, reach)}:
         hidden = root / f".{old.name}.old"  # at once: a folder that is half deleted would be a damaged checkpoint
         old.rename(hidden)
         shutil.rmtree(hidden)
+
+
+def kept(saved: Sequence[int], keep: int, reach: int) -> set[int]:
+    """Of checkpoints of so many images, ascending: the last `keep`, the last one that is `reach` before the newest, and
+    the one after that, which takes its place when it is old enough (or there would never be another of that age).
+    """
+    old = [i for i, images in enumerate(saved) if images <= saved[-1] - reach]
+    return {*saved[-keep:], *(saved[old[-1] : old[-1] + 2] if old else saved[:1])}

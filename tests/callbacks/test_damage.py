@@ -16,8 +16,9 @@ def callback(tmp_path, request) -> CountDamage:
     """Of the first of two ranks, or of the second one, early in a run."""
     made = CountDamage(budget=0.5, count=None)
     made.logged = []
+    first = getattr(request, "param", True)
     made.run = SimpleNamespace(
-        folder=tmp_path, images_seen=32, first=getattr(request, "param", True), log=made.logged.append, say=print
+        folder=tmp_path, images_seen=32, state={}, first=first, log=made.logged.append, say=print
     )
     made.start()
     return made
@@ -26,7 +27,7 @@ def callback(tmp_path, request) -> CountDamage:
 @pytest.mark.parametrize("callback", [True, False], indirect=True)
 def test_what_a_rank_has_found_is_in_the_file_before_an_error_of_its_data_stops_the_run(callback, tmp_path):
     """Of the other ranks it must not ask anything (there is no `agreement` here): they wait in another place."""
-    callback._new = FOUND[:1]
+    callback._new = [(32, FOUND[0])]
     callback.on_train_batch_start(None, None, {"error": "64 samples in a row are damaged", "damage": FOUND[1:]}, 7)
     with (tmp_path / LIST).open(newline="") as file:
         rows = list(csv.DictReader(file))

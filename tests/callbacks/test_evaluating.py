@@ -220,12 +220,25 @@ def test_evaluations_between_checkpoints_are_made_up_for_too(train, calls, tmp_p
     assert report(tmp_path / "run")["history"] == whole
 
 
-def test_one_at_the_start_that_was_interrupted_comes_with_the_first_step(train, calls, tmp_path):
+def test_one_at_the_start_that_was_interrupted_is_made_up_for_before_the_first_step(train, calls, tmp_path, whole):
+    """It is of the untrained weights."""
     calls[0] = interrupt
-    assert train(64) == 128 + signal.SIGINT
-    assert newest(tmp_path / "run") == 32
-    assert train(64) == 0
-    assert calls.done == [32, 64]
+    assert train(192) == 128 + signal.SIGINT
+    assert latest(tmp_path / "run" / "checkpoints") is None
+    assert train(192) == 0
+    assert calls.done == [0, 64, 128, 192]
+    assert report(tmp_path / "run")["history"] == whole
+
+
+def test_one_that_is_interrupted_again_where_it_is_made_up_for_waits_at_those_weights(train, calls, tmp_path, whole):
+    for _ in range(2):
+        calls[64] = interrupt
+        assert train(192) == 128 + signal.SIGINT
+        assert newest(tmp_path / "run") == 64
+        assert calls.done == [0]
+    assert train(192) == 0
+    assert calls.done == [0, 64, 128, 192]
+    assert report(tmp_path / "run")["history"] == whole
 
 
 def test_the_last_evaluation_of_a_run_that_goes_on_is_not_repeated(train, calls, tmp_path, whole):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusion_trainer.callbacks.guarding import KEY, Guarding
+from diffusion_trainer.callbacks.run import Run
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoints import save
@@ -28,6 +29,7 @@ class FakeRun(SimpleNamespace):
         module = SimpleNamespace(
             last_terms=None,
             nonfinite=SimpleNamespace(kept=1.0),
+            loss_scale=None,
             progress=SimpleNamespace(batch_size=BATCH),
             images_seen=seen,
         )
@@ -36,7 +38,8 @@ class FakeRun(SimpleNamespace):
             module=module,
             agreement=Agreement(),
             sharding=SimpleNamespace(skipped=False),
-            trainer=SimpleNamespace(accumulate_grad_batches=1, should_stop=False),
+            trainer=SimpleNamespace(accumulate_grad_batches=1, should_stop=False, callbacks=[]),
+            _answers=(-1, {}),
             state=state or {},
             first=True,
             stopping=False,
@@ -52,8 +55,10 @@ class FakeRun(SimpleNamespace):
     def settle(self):
         return None
 
-    def log(self, metrics):
-        self.logged.append((self.images_seen, metrics))
+    answer = Run.answer
+
+    def log(self, metrics, images_seen=None):
+        self.logged.append((self.images_seen if images_seen is None else images_seen, metrics))
 
     def alert(self, title, text):
         self.alerts.append((title, text))
@@ -64,6 +69,7 @@ def guarded(folder, guard, losses, checkpoints=(), state=None, seen=0):
     for images in checkpoints:
         save(folder / "checkpoints", images, SHARDING, {}, Agreement(), 100)
     run = guard.run = FakeRun(folder, state, seen)
+    run.trainer.callbacks.append(guard)
     guard.start()
     for i, loss in enumerate(losses):
         run.module.nonfinite.kept = torch.tensor(float(np.isfinite(loss)))

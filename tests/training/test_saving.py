@@ -147,6 +147,26 @@ def test_a_file_that_does_not_read_back_is_no_checkpoint(tmp_path, monkeypatch):
     assert checkpoints.latest(tmp_path) is None
 
 
+@pytest.mark.parametrize("every", [1, 3, 7, 10, 11, 40])
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_one_is_always_as_far_back_as_is_asked_and_few_are_kept(every, keep):
+    """Saved one by one: the newest `keep`, at most two more, one that reaches back, which does not grow old itself."""
+    reach, there = 10, []
+    for images in range(every, 60 * every, every):
+        there = sorted(saving.kept([*there, images], keep, reach))
+        assert there[-keep:] == list(range(images, 0, -every))[:keep][::-1]
+        assert len(there) <= keep + 2
+        old_enough = [n for n in there if n <= images - reach]
+        assert bool(old_enough) == (images - reach >= every)
+        assert not old_enough or images - max(old_enough) <= 2 * reach + max(keep, 2) * every
+        assert len(old_enough) <= max(keep, 1)
+
+
+def test_without_a_reach_the_newest_are_kept():
+    assert saving.kept([1, 2, 3, 4], 2, 0) == {3, 4}
+    assert saving.kept([5], 2, 0) == {5}
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 kB."""

@@ -1,0 +1,50 @@
+"""metrics.csv, which survives restarts."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusion_trainer.callbacks.run_logger import RunLogger
+from diffusion_trainer.evaluation.writing import whole
+
+
+class CsvLogger(RunLogger):
+    """metrics.csv: a row for each number of images seen at which something was logged, a column for each metric.
+
+    A restart keeps the rows up to where it starts: what the lost steps had logged will be logged again. What is logged
+    again at the same images takes the place of what was there. (Lightning's CSVLogger deletes an existing file.)
+    """
+
+    def __init__(self, path: Path, started_at: int):
+        self.path = path
+        rows = read_rows(path) if path.is_file() else []
+        self._rows = {int(row["images_seen"]): row for row in rows if int(row["images_seen"]) <= started_at}
+        self._columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
+        self._whole = False  # whether the file holds exactly the rows and columns known here
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"images_seen": step, **metrics}
+        new = [key for key in row if key not in self._columns]
+        self._columns += new
+        last = step > max(self._rows, default=-1)
+        self._rows[step] = self._rows.get(step, {}) | row
+        if new or not self._whole or not last:
+            with whole(self.path) as part, part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns, restval="")
+                writer.writeheader()
+                writer.writerows(self._rows[images] for images in sorted(self._rows))
+            self._whole = True
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns, restval="").writerow(row)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Without what a crash left half-written: rows that are short, or whose first field is no number."""
+    text = path.read_bytes().replace(b"\0", b"").decode(errors="replace")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [r for r in csv.DictReader(lines) if None not in r.values() and r.get("images_seen", "").isdecimal()]

@@ -1,0 +1,163 @@
+"""Weights & Biases without a say in the training: told from a thread of its own, which may fail and may be given up."""
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import Any
+
+import wandb
+from PIL.Image import Image
+
+from diffusion_trainer.callbacks.csv_logger import read_rows
+from diffusion_trainer.callbacks.run_logger import RunLogger
+from diffusion_trainer.callbacks.wandb_files import Point, points
+
+WAITING = 10_000  # entries at most that wait for a service that has stopped to listen
+KILLED_SECONDS = 5  # until a thread has seen that its service is dead
+Entry = Callable[[Any], None]  # of a wandb.Run
+
+
+class WandbCurve(RunLogger):
+    """One run and one curve over images seen, however often the training is restarted, and each point of it once: what
+    the records in the folder have is not sent again, what they lack is made up for from metrics.csv.
+
+    A session that fails (no network, a wrong key, its service is killed) is followed by one offline, and that by none.
+    Training waits for the start, at most `init_timeout_seconds` and some, and for the end, at most
+    `finish_timeout_seconds`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mode: str,
+        begin: Callable[[str], Any],
+        started_at: int,
+        init_timeout_seconds: float,
+        finish_timeout_seconds: float,
+    ):
+        """begin: makes the wandb.Run, in a mode; started_at: images seen."""
+        self.folder, self.mode, self._begin, self._reached = folder, mode, begin, started_at
+        self.finish_timeout_seconds = finish_timeout_seconds
+        self._entries: Queue[Entry | None] = Queue(WAITING)
+        self._known: set[Point] = set()
+        self._begun, self._abandoned, self._told_full, self._exit_code = Event(), False, False, 0
+        self._thread = Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+        self._begun.wait(init_timeout_seconds + KILLED_SECONDS)
+
+    @property
+    def name(self) -> str:
+        return "wandb"
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row, self._reached = {"images_seen": step, **metrics}, max(self._reached, step)
+        self._put(lambda run: self._log(run, row))
+
+    def log_picture(self, name: str, picture: Image, images_seen: int) -> None:
+        self._put(lambda run: self._log(run, {"images_seen": images_seen, name: wandb.Image(picture)}))
+
+    def alert(self, title: str, text: str) -> None:
+        self._put(lambda run: run.alert(title=title, text=text, level="WARN"))
+
+    def finalize(self, status: str) -> None:
+        """Ends the run. A service that does not come to its end is killed, for it would hold up that of the process."""
+        self._exit_code = int(status != "success")
+        self._put(None)
+        self._thread.join(self.finish_timeout_seconds)
+        if not self._thread.is_alive():
+            return
+        self._abandoned = True
+        _say(f"Weights & Biases has not ended within {self.finish_timeout_seconds:g} s, and is left. {self._later}")
+        _kill_services()
+        self._thread.join(KILLED_SECONDS)
+
+    def _put(self, entry: Entry | None) -> None:
+        try:
+            self._entries.put_nowait(entry)
+        except Full:
+            if not self._told_full:
+                _say(f"Weights & Biases does not take what it is told: {WAITING:,} entries wait. {self._later}")
+            self._told_full = True
+
+    @property
+    def _later(self) -> str:
+        return (
+            f"Training goes on, and metrics.csv has all; `wandb sync {self.folder}/wandb/*run-*` sends what is there, "
+            "the next start of the run adds what is missing"
+        )
+
+    def _work(self) -> None:
+        unsent: list[Entry | None] = []
+        for attempt, mode in enumerate((self.mode, "offline")):
+            try:
+                self._session(mode, unsent)
+                return
+            except Exception as error:  # noqa: BLE001 (whatever it is, it is told, and training goes on)
+                _end_service()
+                if self._abandoned:
+                    return
+                then = "goes on offline" if attempt == 0 else "is left"
+                _say(f"Weights & Biases failed ({_one_line(error)}), and {then}. {self._later}")
+        self._begun.set()
+
+    def _session(self, mode: str, unsent: list[Entry | None]) -> None:
+        """unsent: the entry that the session before has failed in."""
+        self._known = points(self.folder)
+        run = self._begin(mode)
+        self._begun.set()
+        for row in self._missed():
+            self._log(run, row)
+        while True:
+            if not unsent:
+                unsent.append(self._entries.get())
+            if unsent[0] is None:
+                break
+            unsent[0](run)
+            unsent.clear()
+        run.finish(exit_code=self._exit_code)
+        wandb.teardown()
+
+    def _missed(self) -> list[dict]:
+        """Rows of metrics.csv until now: beyond are those of lost steps, which are yet to come again."""
+        path = self.folder / "metrics.csv"
+        rows = read_rows(path) if path.is_file() else []
+        return [
+            {key: (int if key == "images_seen" else float)(value) for key, value in row.items() if value}
+            for row in rows
+            if int(row["images_seen"]) <= self._reached
+        ]
+
+    def _log(self, run: Any, row: Mapping[str, Any]) -> None:
+        at = row["images_seen"]
+        new = {k: v for k, v in row.items() if k != "images_seen" and (at, k) not in self._known}
+        if new:
+            run.log({"images_seen": at, **new})
+            self._known |= {(at, k) for k in new}
+
+
+def _say(text: str) -> None:
+    print(f"  WARNING: {text}", flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _end_service() -> None:
+    """So that the next session starts one of its own, and the end of the process waits for none."""
+    _kill_services()
+    with suppress(OSError):  # to say goodbye to it fails, now that it is dead
+        wandb.teardown()
+
+
+def _kill_services() -> None:
+    """The wandb-core processes that this one has started."""
+    for task in Path("/proc/self/task").glob("*/children"):
+        for pid in map(int, task.read_text().split()):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended by itself
+                if Path(f"/proc/{pid}/comm").read_text().strip() == "wandb-core":
+                    os.kill(pid, signal.SIGKILL)
