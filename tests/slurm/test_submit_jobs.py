@@ -1,11 +1,15 @@
 """diffusion-trainer submit on a real SLURM of two nodes on this machine."""
 
+import os
 import re
+import signal
 import tempfile
 from pathlib import Path
 
 import cluster_jobs
 import pytest
+import torch
+from cluster_jobs import curve, newest_row, rank_of, until
 from conftest import ROOT, SMALL, command, finish
 
 from diffusion_trainer.apps.jobs import Slurm
@@ -78,6 +82,33 @@ def test_one_command_trains_on_two_nodes_goes_on_and_says_when_it_is_done(cluste
     assert 0 <= log.find("looked at by 2 processes on 2 nodes") < log.index("ZeRO-2 on 2 cpu processes, resuming")
     assert Checkpoint(latest(folder / "runs" / "digits" / "checkpoints")).images_seen == 480
     assert not [path for path in (folder / "runs" / "digits" / "logs").iterdir() if path.suffix != ".log"]
+
+
+@pytest.mark.timeout(1200)
+def test_preempted_twice_and_killed_once_on_each_node_it_ends_as_if_nothing_had_happened(cluster, folder, submit):
+    images, step = 6400, 16
+    more = [f"num_images={images}", "callbacks.checkpoint.every_n_images=160", "ema=several"]
+    assert ended(cluster, folder, "alone", number_of(submit("name=alone", *more)[1]))[0]["JobState"] == "COMPLETED"
+    number, hit = number_of(submit("name=hit", *more)[1]), folder / "runs" / "hit"
+    log = lambda: (hit / "logs" / f"slurm-{number}.log").read_text(errors="replace")  # noqa: E731
+    rivals = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    faults = [
+        lambda: cluster.run(*rivals), lambda: os.kill(rank_of(cluster, 0), signal.SIGKILL),
+        lambda: cluster.run(*rivals), lambda: os.kill(rank_of(cluster, 1), signal.SIGKILL),
+    ]  # fmt: skip
+    for starts, fault in enumerate(faults, 1):
+        begun = newest_row(hit) + 320
+        until(lambda at=begun, n=starts: newest_row(hit) >= at and log().count("run hit in") == n, log, 240)
+        fault()
+        until(lambda n=starts: cluster.job(number)["Restarts"] == str(n), log, 120)
+    job, said = ended(cluster, folder, "hit", number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "4"), said
+    ours, theirs = (Checkpoint(latest(folder / "runs" / name / "checkpoints")) for name in ("hit", "alone"))
+    assert ours.images_seen == theirs.images_seen == images
+    for kind in theirs.kinds:
+        a, b = ours.whole(kind), theirs.whole(kind)
+        assert all(torch.equal(a[name], b[name]) for name in b), kind
+    assert curve(hit) == list(range(step, images + 1, step))
 
 
 def test_what_the_cluster_would_refuse_is_refused_with_what_it_has(submit, folder):
