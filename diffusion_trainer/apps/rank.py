@@ -184,11 +184,9 @@ class _Begin(Callback):
             callback.run = self.run
 
     def exit_code(self) -> int:
-        if self.run and self.run.rolled_back:
-            return processes.ROLLED_BACK
         number = self.run.stop_signal if self.run else None
-        if number is None:
-            return 0
+        if number is None:  # a stop in the same step comes first: the disk has gone back already
+            return processes.ROLLED_BACK if self.run and self.run.rolled_back else 0
         self.run.say(f"  stopped at {self.run.images_seen:,} images; run the same command again to go on from there")
         return 128 + number
 

@@ -32,16 +32,17 @@ class Checkpointing(RunCallback):
         run.save_seconds = run.state.get(SAVE_SECONDS)
         self._saved_at: int | None = run.images_seen  # the run begins with what is on the disk, or with no step
         self._saving_at = self._saved_at  # what is being written now
-        self._reserved = False
+        self._reserved = self._interrupted = False
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
         self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep, reach=run.reach_images)
         run.stop, run.save, run.settle = self.stop, self.save, self.settle
         self._previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.run.stop_signal is not None and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        self._interrupted |= number == signal.SIGINT
         self.run.stop_signal = number
 
     def ask(self) -> tuple[float, float]:

@@ -52,8 +52,8 @@ class Guarding(RunCallback):
         self.run.reach_images = (self.recent + 1) * self.run.module.progress.batch_size  # a spike is known a step late
         self._losses = deque(kept["losses"], maxlen=self.history + self.recent)  # of steps that were taken
         self._skipped, self._in_a_row = kept["skipped"], kept["in_a_row"]
-        if self.run.first and (gone_back := len(Rollbacks(self.run.folder).all)):
-            self.run.log({"train/rollbacks": gone_back})
+        if self.run.first and (gone_back := Rollbacks(self.run.folder).all):  # at the place that each start knows
+            self.run.log({"train/rollbacks": len(gone_back)}, gone_back[-1].images_seen)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
         share = module.last_terms.loss.mean() / trainer.accumulate_grad_batches
@@ -70,10 +70,13 @@ class Guarding(RunCallback):
         if (earlier := self._later.at) is not None:
             self._judge(earlier, means)
         kept, scale = run.module.nonfinite.kept, run.module.loss_scale
-        flags = [torch.as_tensor(x, device=self._loss.device) for x in (kept, scale.to_blame if scale else 0.0)]
-        numbers = torch.stack([self._loss, *flags])
+        numbers = torch.stack([self._loss, self._there(kept), self._there(scale.to_blame if scale else 0.0)])
         self._loss = torch.zeros_like(self._loss)
         self._later.keep(previous, numbers)
+
+    def _there(self, x: Tensor | float) -> Tensor:
+        """On the loss's device; a number is filled in there, for a copy from the host would wait."""
+        return x.to(self._loss.device) if isinstance(x, Tensor) else self._loss.new_full((), x)
 
     def before_save(self) -> None:
         self._settle()

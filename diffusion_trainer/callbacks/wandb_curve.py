@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
@@ -17,6 +17,7 @@ from diffusion_trainer.callbacks.run_logger import RunLogger
 from diffusion_trainer.callbacks.wandb_files import Point, points
 
 WAITING = 10_000  # entries at most that wait for a service that has stopped to listen
+FAILED_SECONDS = 5  # for the end of a run that failed
 KILLED_SECONDS = 5  # until a thread has seen that its service is dead
 Entry = Callable[[Any], None]  # of a wandb.Run
 
@@ -67,15 +68,20 @@ class WandbCurve(RunLogger):
         """Ends the run. A service that does not come to its end is killed, for it would hold up that of the process."""
         self._exit_code = int(status != "success")
         self._put(None)
-        self._thread.join(self.finish_timeout_seconds)
+        # The other ranks wait for one that has failed until it has ended.
+        most = self.finish_timeout_seconds
+        seconds = most if status == "success" else min(FAILED_SECONDS, most)
+        self._thread.join(seconds)
         if not self._thread.is_alive():
             return
         self._abandoned = True
-        _say(f"Weights & Biases has not ended within {self.finish_timeout_seconds:g} s, and is left. {self._later}")
+        _say(f"Weights & Biases has not ended within {seconds:g} s, and is left. {self._later}")
         _kill_services()
         self._thread.join(KILLED_SECONDS)
 
     def _put(self, entry: Entry | None) -> None:
+        if not self._thread.is_alive():
+            return  # it has said so
         try:
             self._entries.put_nowait(entry)
         except Full:
@@ -96,12 +102,13 @@ class WandbCurve(RunLogger):
             try:
                 self._session(mode, unsent)
                 return
-            except Exception as error:  # noqa: BLE001 (whatever it is, it is told, and training goes on)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever it is, it is told, and training goes on)
+                if not self._abandoned:
+                    then = "goes on offline" if attempt == 0 else "is left"
+                    _say(f"Weights & Biases failed ({_one_line(error)}), and {then}. {self._later}")
                 _end_service()
                 if self._abandoned:
-                    return
-                then = "goes on offline" if attempt == 0 else "is left"
-                _say(f"Weights & Biases failed ({_one_line(error)}), and {then}. {self._later}")
+                    break
         self._begun.set()
 
     def _session(self, mode: str, unsent: list[Entry | None]) -> None:
@@ -119,16 +126,18 @@ class WandbCurve(RunLogger):
             unsent[0](run)
             unsent.clear()
         run.finish(exit_code=self._exit_code)
-        wandb.teardown()
+        with suppress(SystemExit):  # wandb's, if its service does not end as it should: all has been said
+            wandb.teardown()
 
     def _missed(self) -> list[dict]:
         """Rows of metrics.csv until now: beyond are those of lost steps, which are yet to come again."""
+        reached = self._reached  # before the file is read: what is logged meanwhile is told by itself
         path = self.folder / "metrics.csv"
         rows = read_rows(path) if path.is_file() else []
         return [
             {key: (int if key == "images_seen" else float)(value) for key, value in row.items() if value}
             for row in rows
-            if int(row["images_seen"]) <= self._reached
+            if int(row["images_seen"]) <= reached
         ]
 
     def _log(self, run: Any, row: Mapping[str, Any]) -> None:
@@ -143,21 +152,27 @@ def _say(text: str) -> None:
     print(f"  WARNING: {text}", flush=True)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _end_service() -> None:
     """So that the next session starts one of its own, and the end of the process waits for none."""
     _kill_services()
-    with suppress(OSError):  # to say goodbye to it fails, now that it is dead
+    with suppress(OSError, SystemExit):  # to say goodbye fails, now that it is dead, or wandb exits with its -9
         wandb.teardown()
 
 
 def _kill_services() -> None:
     """The wandb-core processes that this one has started."""
-    for task in Path("/proc/self/task").glob("*/children"):
-        for pid in map(int, task.read_text().split()):
-            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended by itself
-                if Path(f"/proc/{pid}/comm").read_text().strip() == "wandb-core":
-                    os.kill(pid, signal.SIGKILL)
+    for pid in _children():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended by itself
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "wandb-core":
+                os.kill(pid, signal.SIGKILL)
+
+
+def _children() -> Iterator[int]:
+    """Of all threads of this process; the threads come and go."""
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield from map(int, (task / "children").read_text().split())

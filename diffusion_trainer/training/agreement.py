@@ -19,15 +19,11 @@ class Agreement:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes. All ranks must ask."""
-        return self.each_any([flag])[0]
-
-    def each_any(self, flags: list[bool]) -> list[bool]:
-        """For each question, whether any rank says yes: as many questions as wanted for the price of one."""
         if self._group is None:
-            return flags
-        votes = torch.tensor(flags, dtype=torch.int32)
-        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX, group=self._group)
-        return votes.bool().tolist()
+            return flag
+        vote = torch.tensor(flag, dtype=torch.int32)
+        distributed.all_reduce(vote, op=distributed.ReduceOp.MAX, group=self._group)
+        return bool(vote)
 
     def mean(self, values: list[float]) -> list[float]:
         """The mean of each value over the ranks, in float64."""

@@ -68,9 +68,8 @@ class DiffusionModule(LightningModule):
         return self
 
     def on_before_batch_transfer(self, batch: Mapping, dataloader_idx: int) -> Mapping:
-        if "error" in batch:
-            raise (PassingError if batch["passing"] else UserError)(batch["error"])
-        self.model.conditioning.check(batch)
+        if "error" not in batch:
+            self.model.conditioning.check(batch)
         return batch
 
     def training_step(self, batch: Mapping, batch_idx: int) -> Tensor:
@@ -87,6 +86,8 @@ class DiffusionModule(LightningModule):
         return self.loss_scale(loss) if self.loss_scale else loss
 
     def on_train_batch_start(self, batch: Mapping, batch_idx: int) -> None:
+        if "error" in batch:  # here the callbacks have seen it
+            raise (PassingError if batch["passing"] else UserError)(batch["error"])
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.learning_rate
 

@@ -222,6 +222,16 @@ def test_a_stop_waits_until_its_checkpoint_is_there(run, tmp_path, monkeypatch, 
     assert [signal.getsignal(s) for s in STOP_SIGNALS] == handlers
 
 
+def test_ctrl_c_after_another_stop_leaves_the_save_its_time(run, tmp_path, monkeypatch):
+    def both(_) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: At64(both))
+    assert run(160, "callbacks.checkpoint.every_n_images=1000") == 128 + signal.SIGINT
+    assert names(tmp_path / "run") == [*named(64), "latest"]
+
+
 def test_a_stop_file_stops_once_and_then_the_run_goes_on_as_if_nothing_had_been(run, tmp_path, monkeypatch):
     assert run(160, folder=tmp_path / "whole") == 0
     with monkeypatch.context() as patch:

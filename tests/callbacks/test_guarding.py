@@ -170,6 +170,12 @@ def test_what_was_left_out_is_all_that_was_read_since_the_checkpoint(tmp_path):
     assert len(Rollbacks(tmp_path).all) == 3  # they still count
 
 
+def test_every_start_logs_the_rollbacks_at_the_same_place(tmp_path):
+    Rollbacks(tmp_path).add(2 * BATCH, 5 * BATCH, "a test")
+    for seen in (2 * BATCH, 7 * BATCH):
+        assert guarded(tmp_path, Guarding(), [], seen=seen).logged == [(2 * BATCH, {"train/rollbacks": 1})]
+
+
 @pytest.mark.parametrize("wrong", [{"skipped_in_a_row": 0}, {"spike": 0.0}, {"spike": NAN}, {"rollbacks": -1}])
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(ValueError, match="must be positive"):

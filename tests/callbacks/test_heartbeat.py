@@ -140,6 +140,20 @@ def test_a_failure_leaves_the_state_as_it_was_in_the_end(tmp_path):
     assert abs(state.at - time.time()) < 10
 
 
+def test_a_state_that_cannot_be_written_is_told_once_and_the_watch_goes_on(tmp_path, capfd):
+    files = RankFiles(tmp_path, 0)
+    files.state.mkdir()
+    dog = Watchdog(files, 1, lambda: (1, 16))
+    for doing in ("a training step", "an evaluation", "the end"):
+        dog.beat(doing, 60)
+        dog._tell_state()  # as once a second
+    assert capfd.readouterr().err.count("state-rank-0.json cannot be written") == 1
+    files.state.rmdir()
+    dog.beat("a training step", 60)
+    dog._tell_state()
+    assert state_of(files).doing == "a training step"
+
+
 def test_half_a_state_is_none(tmp_path):
     files = RankFiles(tmp_path, 0)
     assert state_of(files) is None
