@@ -27,7 +27,6 @@ from cluster_jobs import (
     local_cluster,
     log_of,
     newest_row,
-    prepare,
     rank_of,
     submit,
     until,
@@ -193,21 +192,39 @@ def _compare(report: Report, alone: Path, run: Path) -> None:
         report.different += [f"{kind} of {name}" for name in b if not torch.equal(a[name], b[name])]
 
 
-def main(arguments: Sequence[str]) -> int:
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Mistakes end the program before there is a cluster."""
+    kinds = {f.__name__: f for f in FAULTS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="kinds of faults, with commas: " + ", ".join(f.__name__ for f in FAULTS))
+    parser.add_argument("--only", default=",".join(kinds), help="kinds of faults, with commas; all: %(default)s")
     parser.add_argument("--shards", type=Path, default=Path("shards/digits"), help="that data/digits.py has written")
     parser.add_argument("--folder", type=Path, help="to work in; a temporary one that is removed by default")
     options = parser.parse_args(arguments)
-    wanted = options.only.split(",") if options.only else [f.__name__ for f in FAULTS]
-    kinds = [f for f in FAULTS if f.__name__ in wanted]
+    wanted = options.only.split(",")
+    if unknown := [name for name in wanted if name not in kinds]:
+        parser.error(f"--only: there is no {', '.join(unknown)}; the kinds are {', '.join(kinds)}")
+    options.kinds = [kinds[name] for name in kinds if name in wanted]
+    if options.folder and (options.folder / "runs").exists():
+        parser.error(f"--folder: {options.folder} has runs already, which would go on: choose another, or remove runs/")
+    return options
+
+
+def link(path: Path, target: Path) -> None:
+    """FileExistsError if something else is there."""
+    if path.resolve() != target.resolve():
+        path.symlink_to(target.resolve())
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = options_of(arguments)
     with tempfile.TemporaryDirectory() as temporary, local_cluster(Path(temporary) / "cluster") as cluster:
         folder = (options.folder or Path(temporary)).absolute()
         (folder / "shards").mkdir(parents=True, exist_ok=True)
-        (folder / "shards" / "digits").symlink_to(options.shards.resolve())
-        report = soak(prepare(folder), cluster, faults=options.faults, seed=options.seed, kinds=kinds)
+        link(folder / "shards" / "digits", options.shards)
+        link(folder / ".venv", Path(sys.prefix))
+        report = soak(folder, cluster, faults=options.faults, seed=options.seed, kinds=options.kinds)
     print(report.text())
     return 0 if report.good else 1
 

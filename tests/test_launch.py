@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import soak
 from conftest import ROOT
 
 SCRIPT = ROOT / "launch" / "train.sbatch"
+ASKED = "--partition=main --time=1-00:00:00 --cpus-per-task=4 --nodes=2 --ntasks-per-node=8"  # of the job, for another
 
 
 @pytest.fixture
@@ -16,7 +19,7 @@ def cluster(tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    job = f"JobId=41234 JobState=RUNNING StdOut={tmp_path}/log"
+    job = f"JobId=41234 JobState=RUNNING TimeLimit=1-00:00:00 StdOut={tmp_path}/the log Power="
     scripts = {
         tools / "scontrol": f"""
 case "$1 $2" in
@@ -38,7 +41,10 @@ printf "<%s>" "$@"; echo; exit $(cat code)""",
         path.write_text(f"#!/bin/bash\n{text}\n")
         path.chmod(0o755)
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    return environment | {"SLURM_JOB_ID": "41234", "SLURMD_NODENAME": "n1", "SLURM_CPUS_PER_TASK": "4"}
+    return environment | {
+        "SLURM_JOB_ID": "41234", "SLURMD_NODENAME": "n1", "SLURM_CPUS_PER_TASK": "4", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_PARTITION": "main",
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -50,6 +56,19 @@ def start(cluster, tmp_path):
         return subprocess.run(["bash", script, *arguments], env=cluster, capture_output=True, text=True)
 
     return start
+
+
+@pytest.fixture
+def with_line(tmp_path):
+    """with_line(line, other): the script with a line of its set-up that begins otherwise."""
+
+    def with_line(line: str, other: str):
+        text, path = SCRIPT.read_text(), tmp_path / "other.sbatch"
+        assert text.count(f"\n{line}") == 1
+        path.write_text(text.replace(f"\n{line}", f"\n{other}"))
+        return path
+
+    return with_line
 
 
 @pytest.fixture
@@ -110,18 +129,61 @@ def test_three_starts_without_a_newer_checkpoint_are_the_last(start, requeued, t
         result = start(1, "name=a b")
     assert requeued() == 4
     assert "3 starts in a row without a newer checkpoint" in result.stderr
-    assert f"log     {tmp_path}/log" in result.stderr
-    assert "resume  sbatch --nodes= --ntasks-per-node= launch/train.sbatch name=a\\ b" in result.stderr
+    assert f"log     {tmp_path}/the log\n" in result.stderr
+    assert f"resume  sbatch {ASKED} launch/train.sbatch name=a\\ b\n" in result.stderr
     assert not list(tmp_path.glob("slurm-*"))
 
 
+def test_the_job_that_is_shown_to_resume_has_what_this_one_was_asked_for(start, cluster):
+    cluster |= {"SLURM_GPUS_PER_NODE": "8", "SLURM_JOB_ACCOUNT": "me"}
+    for _ in range(3):
+        result = start(1)
+    asked = ASKED.replace(" --time", " --account=me --time").replace(" --nodes", " --gpus-per-node=8 --nodes")
+    assert f"resume  sbatch {asked} launch/train.sbatch\n" in result.stderr
+
+
+def test_a_checkpoint_that_was_there_before_the_job_is_no_progress_of_it(start, with_line, requeued, tmp_path):
+    latest = tmp_path / "my run" / "checkpoints" / "latest"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("images-100")
+    script = with_line("folder= ", "folder='my run' ")
+    stops = ["3 starts in a row" in start(1, script=script).stderr for _ in range(3)]
+    assert (stops, requeued()) == ([False, False, True], 2)
+
+
+def test_words_of_an_earlier_start_are_not_those_of_one_that_dies_at_once(start, with_line, tmp_path):
+    logs = tmp_path / "my run" / "logs"
+    logs.mkdir(parents=True)
+    for name in ("failed-rank-3.txt", "state-rank-0.json", "rank-1.log"):
+        (logs / name).touch()
+    assert "post_mortem" not in start(1, script=with_line("folder= ", "folder='my run' ")).stderr
+    assert [path.name for path in logs.iterdir()] == ["rank-1.log"]
+
+
+def test_a_mistake_that_a_killed_start_has_left_is_not_that_of_this_one(start, tmp_path):
+    mistake = tmp_path / "slurm-41234.mistake"
+    mistake.touch()
+    assert start(0).returncode == 0
+    assert not mistake.exists()
+
+
+@pytest.mark.parametrize(("restarts", "port"), [("", 21234), ("0", 21234), ("1", 29153), ("3", 24991)])
+def test_another_start_meets_at_another_port(start, cluster, restarts, port):
+    cluster["SLURM_RESTART_COUNT"] = restarts
+    assert f" at 10.0.0.7:{port} " in start(0).stdout
+
+
+def test_python_may_be_a_command_of_the_path_as_a_container_is(start, with_line):
+    line = 'python=("$PWD/.venv/bin/python") '
+    result = start(0, "name=x", script=with_line(line, 'python=(env A=1 "$PWD/.venv/bin/python") '))
+    assert result.returncode == 0, result.stderr
+    assert "<diffusion_trainer><train><name=x>" in result.stdout
+
+
 @pytest.fixture
-def careful(tmp_path):
+def careful(with_line):
     """The script with the doctor switched on."""
-    path, line = tmp_path / "careful.sbatch", "\ndoctor= "
-    assert line in SCRIPT.read_text()
-    path.write_text(SCRIPT.read_text().replace(line, "\ndoctor=doctor.slow=0.5 "))
-    return path
+    return with_line("doctor= ", "doctor=doctor.slow=0.5 ")
 
 
 def test_the_doctor_looks_at_all_nodes_before_the_run(start, careful):
@@ -146,3 +208,42 @@ def test_a_post_mortem_is_in_the_log_where_ranks_did_not_end_in_order(start, tmp
     result = start(1)
     assert ("<-P><-m><diffusion_trainer.apps.post_mortem><my run>" in result.stderr) == shown
     assert "back into the queue" in result.stderr
+
+
+@pytest.fixture
+def soaked(monkeypatch, tmp_path):
+    """soaked(*arguments): tests/soak.py with stand-ins for the cluster and the run; what it was to do. In the folder
+    are shards, a folder for it, and one with another soak's runs.
+    """
+    for name in ("shards", "old/runs"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    asked, report = [], soak.Report(same_curve=True)
+    monkeypatch.setattr(soak, "local_cluster", lambda folder: nullcontext())
+    monkeypatch.setattr(soak, "soak", lambda folder, cluster, **how: asked.append((folder, how)) or report)
+
+    def soaked(*arguments: str):
+        asked.clear()
+        assert soak.main(["--shards=shards", *arguments]) == 0
+        return asked[0]
+
+    return soaked
+
+
+def test_a_soak_may_begin_in_a_folder_where_one_could_not_begin(soaked, tmp_path):
+    for _ in range(2):
+        folder, how = soaked("--folder=new", "--only=requeued,killed_rank")
+        assert how["kinds"] == [soak.killed_rank, soak.requeued]
+        assert (folder / "shards" / "digits").resolve() == tmp_path / "shards"
+    assert soaked()[1]["kinds"] == [*soak.FAULTS]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [("--only=killed_rank,requeue", "there is no requeue; the kinds are"), ("--folder=old", "old has runs already")],
+)
+def test_mistakes_in_a_soaks_arguments_are_told_before_there_is_a_cluster(soaked, mistake, says, monkeypatch, capsys):
+    monkeypatch.delattr(soak, "local_cluster")
+    with pytest.raises(SystemExit, match="2"):
+        soaked(mistake)
+    assert says in capsys.readouterr().err

@@ -19,10 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffusion_trainer.apps.keys import CONF, advice
 from diffusion_trainer.apps.nodes import Schema, check, hint
 from diffusion_trainer.conventions import UserError
-
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def load(verb: str, overrides: Sequence[str], schema: type[Schema], known: Mapping[str, Any] | None = None) -> dict:
@@ -78,6 +77,11 @@ def _read(overrides: Sequence[str]) -> list[Override]:
         raise UserError(
             f"cannot read the arguments: {_first_line(error)}\nThey look like group=option or key=value"
         ) from error
+
+
+def swept(overrides: Sequence[str]) -> list[str]:
+    """Those of the overrides that have several values."""
+    return [o.input_line for o in _read(overrides) if o.is_sweep_override()]
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
@@ -196,6 +200,8 @@ def _compose(verb: str, overrides: list[str]):
     try:
         return compose(verb, overrides)
     except (HydraException, OmegaConfBaseException) as error:
+        if group := re.search(r"Could not override '([^']+)'", str(error)):
+            raise UserError(f"{verb} has no group {group[1]}{advice(group[1], (), ())}") from error
         raise UserError(f"configuration: {_first_line(error)}") from error
 
 
@@ -204,7 +210,7 @@ def _check_keys(config, overrides: Sequence[Override]) -> None:
     names = list(_names(OmegaConf.to_container(config, resolve=False)))
     groups = sorted(p.name for p in CONF.iterdir() if p.is_dir())
     wrong = [
-        f"{o.input_line}: there is no option {o.key_or_group}{hint(o.key_or_group, names + groups)}"
+        f"{o.input_line}: there is no option {o.key_or_group}{advice(o.key_or_group, names, groups)}"
         for o in overrides
         if not o.is_add() and not o.is_force_add() and o.key_or_group not in names
     ]

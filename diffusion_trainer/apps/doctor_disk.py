@@ -5,7 +5,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -50,7 +52,7 @@ class Folder(Check):
         if not here.leads:
             return None
         at, needed = nearest(self.run.folder), self.run.disk_bytes
-        there = sum(p.stat().st_size for p in self.run.folder.glob("*/images-*/*"))
+        there = bytes_of_checkpoints(self.run.folder)
         return {
             "problem": problem,
             "path": str(at),
@@ -69,6 +71,15 @@ class Folder(Check):
             yield error(self.name, says, mend)
         elif not problems:
             yield ok(self.name, says)
+
+
+def bytes_of_checkpoints(folder: Path) -> int:
+    """Of a run that may be training: a checkpoint that it takes away meanwhile counts no more."""
+    total = 0
+    for path in glob("*/images-*/*", root_dir=folder):  # unlike Path's it passes over folders that are gone
+        with suppress(FileNotFoundError):
+            total += (folder / path).stat().st_size
+    return total
 
 
 def _unseen(folder: Path, first: bool, agreement: Agreement) -> str | None:

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "guidance",
 )
 ORDER = "order"  # of the samples: the fingerprint of the data
+SWEEP = "sweep.json"  # of a folder that holds the runs of a sweep (apps/sweep_record.py)
 JOB = "job.sbatch"  # the script that apps/submit.py last submitted
 MAY_CHANGE_INSIDE = (
     "network.checkpoint_blocks",
@@ -71,6 +72,11 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     if not folder.exists():
         return
     if not (folder / "config.yaml").is_file():
+        if (folder / SWEEP).is_file():
+            raise UserError(
+                f"{folder} is the folder of a sweep, with its runs in it; choose another name=... or folder=..., or go "
+                "on with the sweep: the same command with -m"
+            )
         strangers = [name for name in sorted(os.listdir(folder)) if name not in (".lock", "logs", JOB)]
         if strangers:
             raise UserError(

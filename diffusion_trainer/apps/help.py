@@ -1,8 +1,13 @@
 """What --help prints: the configuration folder, which documents itself."""
 
-from diffusion_trainer.apps.config import CONF
+from collections.abc import Sequence
+from pathlib import Path
 
-ALSO = {"submit": "train"}  # a verb -> the one whose arguments it takes, too
+from diffusion_trainer.apps.config import CONF
+from diffusion_trainer.apps.places import PLACES
+
+ALSO = {"submit": "train", "doctor": "train"}  # a verb -> the one whose arguments it takes, too
+CALLED = {"sweep": "<verb> -m", **{verb: f"{verb} [-m]" for verb in PLACES}}  # any other: by its name alone
 
 
 def describe(verb: str) -> str:
@@ -10,19 +15,24 @@ def describe(verb: str) -> str:
     text = (CONF / f"{verb}.yaml").read_text()
     groups = [p for p in sorted(CONF.iterdir()) if p.is_dir() and f"- {p.name}:" in text]
     lines = [
-        f"usage: diffusion-trainer {verb} [-m] [group=option] [key=value] ...",
+        f"usage: diffusion-trainer {CALLED.get(verb, verb)} [group=option] [key=value] ...",
         "",
         f"keys and defaults (conf/{verb}.yaml)",
     ]
     lines += [f"  {line}" for line in text.splitlines()]
-    lines += ["", "groups and their options (conf/<group>/<option>.yaml has the keys: set them with group.key=value)"]
-    options = [option for group in groups for option in sorted(group.glob("*.yaml"))]
-    names = [f"{option.parent.name}={option.stem}" for option in options]
-    width = max(map(len, names), default=0)
-    lines += [f"  {name:<{width}}  {_purpose(o.read_text())}" for name, o in zip(names, options, strict=True)]
+    if groups:
+        lines += _options(groups)
     if verb in ALSO:
         lines += ["", "and those of", "", describe(ALSO[verb])]
     return "\n".join(lines)
+
+
+def _options(groups: Sequence[Path]) -> list[str]:
+    options = [option for group in groups for option in sorted(group.glob("*.yaml"))]
+    names = [f"{option.parent.name}={option.stem}" for option in options]
+    width = max(map(len, names))
+    head = ["", "groups and their options (conf/<group>/<option>.yaml has the keys: set them with group.key=value)"]
+    return head + [f"  {name:<{width}}  {_purpose(o.read_text())}" for name, o in zip(names, options, strict=True)]
 
 
 def _purpose(text: str) -> str:

@@ -12,6 +12,7 @@ from diffusion_trainer.apps.nodes import Schema
 TEMPLATE = CONF.parent / "launch" / "train.sbatch"
 BEGIN, END = "# Set-up\n", "# End of the set-up\n"
 LONGEST_SIGNAL_LEAD = 65535  # that SLURM takes
+MINUTES_OF_A_DAY = 1440
 OURS = {  # sbatch's names -> what says it here
     "job-name": "name", "nodes": "nodes", "ntasks-per-node": "tasks_per_node", "cpus-per-task": "cpus_per_task",
     "gpus-per-node": "gpus_per_node", "partition": "partition", "account": "account", "qos": "qos", "time": "time",
@@ -151,6 +152,11 @@ def _mistakes_of_time(time: int | str, lead: int) -> Iterator[str]:
     seconds = seconds_of(time)
     if seconds is None:
         yield f"time={time} is no time: say minutes, hours:minutes:seconds or days-hours, as time=04:00:00"
+    elif isinstance(time, int) and time >= MINUTES_OF_A_DAY:
+        yield (
+            f"time={time} would be minutes. YAML reads 24:00:00 without quotes as 86400: in a file say it in quotes, "
+            f"time: '24:00:00'; minutes of a day or more as days-hours, as time=2-00"
+        )
     elif lead >= min(seconds or LONGEST_SIGNAL_LEAD + 1, LONGEST_SIGNAL_LEAD + 1):  # a time of 0 is no limit
         yield (
             f"signal_lead_seconds={lead} must be shorter than time={time} ({seconds} s) and at most "

@@ -13,8 +13,10 @@ GONE = "GONE"  # the controller has forgotten the job (MinJobAge after its end, 
 UNKNOWN = "UNKNOWN"  # the controller does not answer: ask again later
 OVER = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE", "REVOKED",
+    "PREEMPTED",  # and not put back: one that is stays in the queue
     GONE,
 )  # fmt: skip
+OUTSIDE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # variables that say which cluster, and who asks
 SECONDS = 60  # a command of SLURM repeats its question by itself for a while
 _MISSING = (
     "there is no {} on this machine: SLURM's commands are not installed here, or not on PATH. Submit from a login node "
@@ -54,7 +56,7 @@ class Slurm:
         """What `sbatch --test-only` says to the text of a script: when it would start, and where."""
         done = self._start("sbatch", "--test-only", stdin=script)
         if done.returncode:
-            raise UserError(f"sbatch: {_reason(done)}\n{self.partitions()}")
+            raise UserError("\n".join([f"sbatch: {_reason(done)}", *self._partitions_if_known()]))
         return re.sub(r"^sbatch: ", "", (done.stderr or done.stdout).strip(), flags=re.MULTILINE)
 
     def state(self, job: str) -> str:
@@ -67,10 +69,6 @@ class Slurm:
         if done.returncode:
             return {"JobState": GONE if "Invalid job id" in done.stderr else UNKNOWN}
         return dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
-
-    def cancel(self, job: str) -> None:
-        """Nothing happens to a job that has ended."""
-        self._run("scancel", job)
 
     def live(self) -> list[Live]:
         """This user's jobs that have not ended."""
@@ -88,6 +86,12 @@ class Slurm:
         named = [f"{name} (up to {limit}, {nodes} node{'s' * (nodes != '1')})" for name, limit, nodes in rows]
         return f"partitions here: {', '.join(named) or 'none'}"
 
+    def _partitions_if_known(self) -> list[str]:
+        try:
+            return [self.partitions()]
+        except UserError:  # an addition to another complaint, which must not be lost for it
+            return []
+
     def _run(self, *command: str) -> str:
         done = self._start(*command)
         if done.returncode:
@@ -95,7 +99,7 @@ class Slurm:
         return done.stdout
 
     def _start(self, *command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+        outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k in OUTSIDE}
         try:
             return subprocess.run(command, input=stdin, env=outside, capture_output=True, text=True, timeout=SECONDS)
         except FileNotFoundError as error:

@@ -58,7 +58,8 @@ class LocalPoint(Started):
         return code if code is None or code >= 0 else 128 - code
 
     def stop(self, number: int) -> None:
-        self.process.send_signal(number)
+        """The end of a login session comes as SIGTERM: SIGHUP would end a run's parent at once, its ranks after it."""
+        self.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
 
 @dataclass(frozen=True)

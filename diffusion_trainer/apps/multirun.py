@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import processes
+from diffusion_trainer.apps.keys import AS_JOBS, OF_SWEEPS, check_chosen
 from diffusion_trainer.apps.launchers import Launcher, Started
 from diffusion_trainer.apps.nodes import Schema, build
 from diffusion_trainer.apps.places import PLACES, Point
@@ -24,12 +25,7 @@ from diffusion_trainer.apps.sweepers import Course
 from diffusion_trainer.conventions import UserError
 
 __all__ = ["main", "plan"]
-OWN = {  # a sweep's keys, and what they are in conf/sweep.yaml
-    "hydra/launcher": "runner",
-    "parallel": "runner.parallel",
-    "sweeper": "sweeper",
-    **{key: f"sweeper.{key}" for key in ("trials", "metric", "direction", "prune")},
-}
+DEFAULT = {"sweeper": "grid", "hydra/launcher": "local"}  # of conf/sweep.yaml
 INSIDE = ("sweeper.", "runner.")
 GROUP = "WANDB_RUN_GROUP"  # Weights & Biases shows runs with the same one together
 
@@ -42,7 +38,7 @@ class SweepConfig(Schema):
 def main(verb: str, show: Show, overrides: Sequence[str], check: Check | None = None) -> int:
     """The exit code: 0, or that of the first point that failed, or 128 + the signal that stopped the sweep."""
     if verb not in PLACES:
-        raise UserError(f"{verb} does not sweep; {', '.join(PLACES)} do")
+        raise UserError(f"{verb} does not sweep; {', '.join(PLACES)} do; {AS_JOBS}")
     world = processes.current()
     if world and world.size > 1:
         raise UserError(f"{world.size} processes were started; start a sweep once, it starts each point's processes")
@@ -65,18 +61,19 @@ def main(verb: str, show: Show, overrides: Sequence[str], check: Check | None = 
 
 def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The sweep's own overrides, as conf/sweep.yaml has them, and the verb's."""
-    own, others = [], []
+    own, others, given = [], [], {}
     for text in overrides:
         key, _, value = text.partition("=")
-        if key in OWN or key.startswith(INSIDE):
-            own.append(f"{OWN.get(key, key)}={value}")
+        if key in OF_SWEEPS or key.startswith(INSIDE):
+            own.append(f"{OF_SWEEPS.get(key, key)}={value}")
+            given[own[-1].split("=")[0]] = text
         else:
             others.append(text)
-    searching = [text for text in own if text.startswith("sweeper.")]
-    if searching and not any(text.startswith("sweeper=") for text in own):
-        raise UserError(
-            f"{searching[0].removeprefix('sweeper.')}: only a search has that; add sweeper=tpe or sweeper=random"
-        )
+    for name, default in DEFAULT.items():
+        group = OF_SWEEPS[name]
+        chosen = given.get(group, f"{name}={default}").partition("=")[2]
+        inside = {key.removeprefix(f"{group}."): text for key, text in given.items() if key.startswith(f"{group}.")}
+        check_chosen(name, chosen, inside)
     return own, others
 
 
@@ -154,7 +151,11 @@ class Sweep:
             started = self.launcher.start(self.verb, point, entry.job, self.lock)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            self._note_end(point, 2, entry.job)
+            if self.launcher.lives_on:  # the controller may be busy, and a job of this point in its queue
+                self.record.note(point, STOPPED, 2, entry.job)
+                self.codes.append(2)
+            else:
+                self._note_end(point, 2, entry.job)
             return
         self.live.append(Live(point, started))
         if self.received:  # it came while the point was being started

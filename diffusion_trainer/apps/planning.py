@@ -19,12 +19,14 @@ Combination = tuple[Sequence[str], Sequence[str]]  # all overrides, and those of
 @dataclass(frozen=True)
 class Planner:
     """show, check: the verb's own. `check` raises UserError for all that it can know to fail before it touches a
-    device, so that no point fails for that after hours of others.
+    device, so that no point fails for that after hours of others. beside: keys that say how a point is run, not what
+    it is.
     """
 
     verb: str
     show: Show
     check: Check | None = None
+    beside: Sequence[str] = ()
 
     def point(self, texts: Sequence[str], swept: Sequence[str]) -> Point:
         """UserError says what is wrong with it."""

@@ -23,30 +23,36 @@ from diffusion_trainer.callbacks.last_words import (
     write_failure,
 )
 from diffusion_trainer.callbacks.watchdog import HUNG
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.evaluation.writing import whole
 
 LOGS = "logs"  # folder of a run
 FILE = "post-mortem.txt"  # in it
 RANKS = 16  # shown
 LINES = 20  # of a log
-LOST_PEER = ("closed by peer", "reset by peer", HANG)  # in the last words of a rank that is not to blame
+LOST_PEER = (  # in the last words of a rank that is not to blame: gloo's, NCCL's and the watchdog's
+    "closed by peer", "reset by peer", "closed by remote peer", "remote process exit", "communicator was aborted", HANG,
+)  # fmt: skip
 
 
 @contextmanager
 def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
-    """What a rank fails with inside is written to its file. A UserError says all by itself."""
+    """What a rank fails with inside is written to its file, unless it is a mistake that the user can mend."""
     files = RankFiles(logs, rank)
-    for path in (files.failed, files.state):
-        path.unlink(missing_ok=True)  # of an earlier start
+    earlier = [files.failed, files.state]
+    if rank == 0:  # that start may have had more ranks
+        earlier += [path for path in _left(logs) if _rank_of(path) >= world]
+    for path in earlier:
+        path.unlink(missing_ok=True)
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, PassingError):
+            raise  # the arguments' mistake, after which nobody asks
         what = "".join(format_exception_only(error)).strip()
+        stack = [] if isinstance(error, PassingError) else format_tb(error.__traceback__)
         try:
-            write_failure(files, state_of(files) or unknown(rank, world), what, format_tb(error.__traceback__))
+            write_failure(files, state_of(files) or unknown(rank, world), what, stack)
         except OSError as unwritten:
             error.add_note(f"{files.failed} could not be written: {unwritten}")
         raise
@@ -54,8 +60,12 @@ def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
 
 def clear(logs: Path) -> None:
     """Takes away what an earlier start has left: before any rank runs."""
-    for path in (logs / FILE, *logs.glob("failed-rank-*.txt"), *logs.glob("state-rank-*.json")):
+    for path in (logs / FILE, *_left(logs)):
         path.unlink(missing_ok=True)
+
+
+def _left(logs: Path) -> list[Path]:
+    return [*logs.glob("failed-rank-*.txt"), *logs.glob("state-rank-*.json")]
 
 
 @dataclass(frozen=True)
@@ -109,9 +119,11 @@ def screen(folder: Path, blame: Blame | None, codes: Mapping[int, int], world: i
     """One screen. codes: as for `culprit`; command: what started the run, and goes on with it."""
     logs = folder / LOGS
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    who = f"rank {blame.rank} of {world} {blame.how}" if blame else "no rank has left a word"
+    who = "no rank has left a word: killed (perhaps the memory did not suffice)"
+    if blame:
+        who = f"rank {blame.rank} of {world} {blame.how}; the others were stopped"
     rank = blame.rank if blame else None
-    lines = [f"post-mortem of {folder}, {now}: {who}; the others were stopped.", *_table(logs, rank, codes, world)]
+    lines = [f"post-mortem of {folder}, {now}: {who}.", *_table(logs, rank, codes, world)]
     if rank is not None:
         lines += _last_words(RankFiles(logs, rank))
     kinds = ("rank-*.log", "failed-rank-*.txt", "stacks-rank-*.txt")
@@ -159,13 +171,14 @@ def tell(folder: Path, text: str, file: TextIO) -> None:
 
 
 def main() -> None:
-    """Nothing if no rank has left a word: the run did not fail. How many ranks there were is in what they have left."""
+    """Nothing if no rank has left a file: the run did not fail. How many ranks there were is in what they have left."""
     folder = Path(sys.argv[1])
     logs = folder / LOGS
-    states = [state for path in logs.glob("state-rank-*.json") if (state := state_of(RankFiles(logs, _rank_of(path))))]
-    world = max([1, *(state.world for state in states), *(files.rank + 1 for files in _failures(logs))])
-    if blame := culprit(logs, {}, world):
-        tell(folder, screen(folder, blame, {}, world), sys.stdout)
+    ranks = {_rank_of(path) for path in _left(logs)}
+    states = [state for rank in ranks if (state := state_of(RankFiles(logs, rank)))]
+    world = max([1, *(state.world for state in states), *(rank + 1 for rank in ranks)])
+    if ranks:
+        tell(folder, screen(folder, culprit(logs, {}, world), {}, world), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,13 @@ class OnSlurm(Launcher):
         if verb != "train":
             raise UserError(f"hydra/launcher=slurm is for train; {verb} sweeps here: leave it out")
         self.slurm.require()
-        return Planner(verb, submit.show, self._check)
+        return Planner(verb, submit.show, self._check, submit.OWN)
 
     def _check(self, overrides: Sequence[str]) -> None:
-        self.slurm.rehearse(submit.prepare(overrides).text)
+        job = submit.prepare(overrides)
+        if job.dry_run:
+            raise UserError("dry_run=true is for submit: try one point with it; leave it out here")
+        self.slurm.rehearse(job.text)
 
     def start(self, verb: str, point: Point, job: str | None, held: int) -> Started:
         self._until = 0.0  # a new job is not in what was seen before

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from diffusion_trainer.apps.config import Axis, axes
+from diffusion_trainer.apps.keys import first
 from diffusion_trainer.apps.places import Point
 from diffusion_trainer.apps.planning import Planner, home_of
 from diffusion_trainer.apps.sweep_record import DONE, FAILED, PRUNED
@@ -58,6 +59,8 @@ class Search(Sweeper):
         ends = planner.points(_ends(space))  # what is wrong at an edge is said before the first trial
         if ends[0].place.report is None:
             raise UserError(f"{planner.verb} has no metric to search by; train, evaluate and likelihood have")
+        if planner.verb == "train":
+            _check_evaluated(ends)
         return Searching(self, planner, space, ends)
 
 
@@ -84,7 +87,8 @@ class Searching(Course):
         self.search, self.planner, self.space = search, planner, space
         self.home, self.count, self.prunes = home_of(ends), search.trials, search.prune
         self.metric, self.direction = search.metric, search.direction
-        said = json.dumps([planner.verb, str(list(space)), search.metric, search.direction])
+        what = [part for part in space if isinstance(part, Axis) or first(part) not in planner.beside]
+        said = json.dumps([planner.verb, str(what), search.metric, search.direction])
         self.study = blake2b(said.encode(), digest_size=6).hexdigest()
         self._running: dict[str, list[Any]] = {}  # place -> optuna's trials that are there
         self._read: dict[str, int] = {}  # place -> when its report was last read
@@ -119,15 +123,20 @@ class Searching(Course):
     def ended(self, point: Point, code: int, pruned: bool) -> str:
         states = _optuna().trial.TrialState
         self.is_worse(point)  # what it has reported last
-        report = json.loads(point.place.report.read_text()) if not code else {"metrics": {}}
-        value = report["metrics"].get(self.metric)
-        if not code and value is None:
-            there = ", ".join(report["metrics"]) or "none"
-            raise UserError(f"metric={self.metric}: {point.place.report} has no such metric; there is {there}")
+        value = math.nan if code else self._value(point.place.report)
         state = states.COMPLETE if not code and math.isfinite(value) else states.PRUNED if pruned else states.FAIL
         trial = self._running[str(point.place.out)].pop(0)
         self._study.tell(trial, value if state == states.COMPLETE else None, state)
         return DONE if not code else PRUNED if pruned else FAILED
+
+    def _value(self, path: Path) -> float:
+        """UserError if the report is missing, or has no such number: the search could only go on blindly."""
+        metrics = json.loads(path.read_text())["metrics"] if path.is_file() else {}
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        if self.metric not in numbers:
+            there = ", ".join(numbers) or "none"
+            raise UserError(f"metric={self.metric}: {path} has no such metric; there is {there}")
+        return numbers[self.metric]
 
     def is_worse(self, point: Point) -> bool:
         """By the history in its report, each record of it once."""
@@ -140,7 +149,7 @@ class Searching(Course):
         known = self._study.trials[trial.number].intermediate_values
         for record in json.loads(path.read_text()).get("history", []):
             value, images = record.get(self.metric, math.nan), record["images_seen"]
-            if images not in known and math.isfinite(value):
+            if images not in known and isinstance(value, int | float) and math.isfinite(value):
                 trial.report(value, images)
         return trial.should_prune()
 
@@ -154,6 +163,15 @@ def _ends(space: Sequence[str | Axis]) -> list[tuple[list[str], list[str]]]:
         ([part if isinstance(part, str) else at[part.key] for part in space], [at[axis.key] for axis in swept])
         for at in chosen
     ]
+
+
+def _check_evaluated(points: Sequence[Point]) -> None:
+    """UserError if a run would end without metrics."""
+    for point in points:
+        if point.config["evaluation"] is None:
+            raise UserError(f"{point.title}: without an evaluation there is no metric to search by; say evaluation=...")
+        if point.config["callbacks"].get("evaluate") is None:
+            raise UserError(f"{point.title}: without callbacks.evaluate there is no metric to search by")
 
 
 def _suggested(trial: Any, axis: Axis) -> str:

@@ -14,6 +14,7 @@ from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps.config import CONF
 from diffusion_trainer.apps.job_script import SubmitConfig
 from diffusion_trainer.apps.jobs import Slurm
+from diffusion_trainer.apps.keys import AS_JOBS, OF_SWEEPS, first
 from diffusion_trainer.apps.nodes import hint
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
@@ -37,6 +38,7 @@ class Job:
     text: str  # of its script
     what: str  # it does, in words
     done: int | None  # images that it has seen, if nothing is left of it to do
+    dry_run: bool
 
     @property
     def script(self) -> Path:
@@ -97,12 +99,16 @@ def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     known = [*OWN, *TrainConfig.model_fields, *sorted(p.name for p in CONF.iterdir() if p.is_dir())]
     own, run, wrong = [], [], []
     for text in overrides:
-        name = text.lstrip("+~").split("=")[0].split(".")[0].split("@")[0]
-        if name not in known:
+        name = first(text)
+        if name in OF_SWEEPS:
+            wrong.append(f"{text}: submit does not sweep; {AS_JOBS}")
+        elif name not in known:
             wrong.append(f"{text}: neither submit nor train has an option {name}{hint(name, known)}")
         (own if name in OWN else run).append(text)
     if wrong:
         raise UserError("\n".join(wrong))
+    if swept := configuration.swept(overrides):
+        raise UserError(f"{swept[0]}: several values, submit takes one; {AS_JOBS}")
     return own, run
 
 
@@ -114,7 +120,8 @@ def prepare(overrides: Sequence[str]) -> Job:
     again = f"cd {shlex.quote(str(cwd))} && {VERB} {shlex.join(overrides)}"
     lines = job_script.setup(config, sys.executable, cwd, folder, again, split(overrides)[1])
     text = job_script.render(job_script.header(config, config["name"], log), lines)
-    return Job(config["name"], folder, text, _what(config, folder), completion.at_its_end(config, folder))
+    done = completion.at_its_end(config, folder)
+    return Job(config["name"], folder, text, _what(config, folder), done, config["dry_run"])
 
 
 def job(overrides: Sequence[str]) -> Path:

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion_trainer.apps.folder import SWEEP as FILE
 from diffusion_trainer.apps.places import Point
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
 
-FILE = "sweep.json"
 WAITING, RUNNING, DONE, FAILED, STOPPED, PRUNED = "not started", "running", "done", "failed", "stopped", "pruned"
 ALONE, POINTS = ".sweep.lock", ".points.lock"
 
@@ -36,10 +36,12 @@ class Entry:
     def values(self) -> dict[str, str]:
         return dict(o.lstrip("+").split("=", 1) for o in self.swept)
 
-    def metrics(self, folder: Path) -> dict[str, Any]:
-        """Of a point that is done or pruned; what a point that failed left is of an earlier time."""
+    def metrics(self, folder: Path, ended: bool = False) -> dict[str, Any]:
+        """Of a point that is done or pruned, or whose job has ended since; what a point that failed left is of an
+        earlier time.
+        """
         path = folder / self.report if self.report else None
-        if self.state not in (DONE, PRUNED) or path is None or not path.is_file():
+        if not (ended or self.state in (DONE, PRUNED)) or path is None or not path.is_file():
             return {}
         return json.loads(path.read_text())["metrics"]
 
@@ -66,7 +68,7 @@ class Record:
             record = cls(folder, **{name: text[name] for name in ("verb", "study", "metric", "direction")})
             record.entries, record.others = ([Entry(**e) for e in text[name]] for name in ("points", "others"))
             return record
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"there is no {path}: give the folder of a sweep, where its table.csv is") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}); remove it, and the sweep makes another") from error

@@ -2,18 +2,20 @@
 
 import csv
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_trainer.apps import config as configuration
-from diffusion_trainer.apps.jobs import Slurm
+from diffusion_trainer.apps.jobs import GONE, Slurm
 from diffusion_trainer.apps.nodes import Schema
 from diffusion_trainer.apps.sweep_record import DONE, FAILED, PRUNED, RUNNING, STOPPED, WAITING, Entry, Record, is_held
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
 
 TABLE = "table.csv"
+ENDED = (" completed", f" {GONE.lower()}")  # a job's state in words, whose last metrics may be there
 Row = dict[str, Any]
 
 
@@ -34,11 +36,14 @@ def _load(overrides: Sequence[str]) -> dict:
 
 def main(overrides: Sequence[str]) -> int:
     config = _load(overrides)
+    if config["sweep"] == "???":
+        raise UserError("sweep is missing: say sweep=runs/<name>, the folder of a sweep")
     record = Record.read(Path(config["sweep"]))
-    print(
-        f"{record.verb} -m in {record.folder}: {_counts(record)}\n\n"
-        + table(record, config["sort"], config["direction"], Path(config["out"]) if config["out"] else None)
-    )
+    states = _states(record)
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    out = Path(config["out"]) if config["out"] else None
+    shown = _table(record, states, config["sort"], config["direction"], out)
+    print(f"{record.verb} -m in {record.folder}: {counts}\n\n{shown}")
     return 0
 
 
@@ -65,43 +70,69 @@ def _says(entry: Entry) -> str:
     return words[entry.state]
 
 
-def table(record: Record, sort: str | None = None, direction: str | None = None, out: Path | None = None) -> str:
-    """The points' swept values, states and metrics, aligned; the same as CSV in <sweep>/table.csv, or `out`.
+def table(record: Record) -> str:
+    """The points' swept values, states and metrics, aligned, and the best point of a search; the same as CSV in
+    <sweep>/table.csv, if that can be written.
+    """
+    return _table(record, _states(record))
 
-    sort: a metric, or a swept key; the best first, points without it last. UserError if no point has it.
+
+def _table(
+    record: Record,
+    states: Sequence[str],
+    sort: str | None = None,
+    direction: str | None = None,
+    out: Path | None = None,
+) -> str:
+    """As above. sort: a metric, or a swept key; the best first, points without it last. out: of the CSV.
+
+    UserError if no point has what is sorted by, or `out` cannot be written.
     """
     sort, direction = sort or record.metric, direction or record.direction or "minimize"
-    alive = is_held(record.folder)
-    rows = [{**e.values(), "state": _state(e, alive), **e.metrics(record.folder)} for e in record.entries]
+    rows = [
+        {**entry.values(), "state": state, **entry.metrics(record.folder, ended=state.endswith(ENDED))}
+        for entry, state in zip(record.entries, states, strict=True)
+    ]
     names = list(dict.fromkeys(name for row in rows for name in (*_keys(record), *row)))
     if sort:
         rows = _sorted(rows, sort, direction, names)
-    path = out or record.folder / TABLE
-    _write(path, names, rows)
     best = [f"best {sort}: {_best(rows[0], sort, record)}"] if sort and rows and sort in rows[0] else []
-    return "\n".join([*_aligned(names, rows), *best, f"written to {path}"])
+    return "\n".join([*_aligned(names, rows), *best, *_written(record.folder, out, names, rows)])
 
 
 def _keys(record: Record) -> list[str]:
     return [*dict.fromkeys(key for entry in record.entries for key in entry.values()), "state"]
 
 
-def _state(entry: Entry, alive: bool) -> str:
-    """A point that was running when its sweep was killed has stopped, unless it is a job."""
-    if entry.state != RUNNING or alive:
-        return entry.state
-    if entry.job is None:
-        return STOPPED
+def _states(record: Record) -> list[str]:
+    """Of its entries, in words."""
+    if is_held(record.folder):
+        return [entry.state for entry in record.entries]
+    live = _live() if any(entry.job and entry.state in (RUNNING, STOPPED) for entry in record.entries) else {}
+    return [_state(entry, live) for entry in record.entries]
+
+
+def _live() -> dict[str, str] | None:
+    """Number -> state of the jobs that have not ended; None where SLURM is not (another machine has submitted them), or
+    does not answer.
+    """
     try:
-        return f"job {entry.job} {Slurm().state(entry.job).lower()}"
-    except UserError:  # no SLURM here: another machine has submitted it
-        return f"job {entry.job}"
+        return {job.number: job.state for job in Slurm().live()}
+    except UserError:
+        return None
 
 
-def _counts(record: Record) -> str:
-    alive = is_held(record.folder)
-    states = [_state(entry, alive) for entry in record.entries]
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+def _state(entry: Entry, live: Mapping[str, str] | None) -> str:
+    """A point that was running when its sweep was killed has stopped, unless it is a job; what was told to be stopped
+    may be a job still, whose queue did not answer.
+    """
+    if entry.state not in (RUNNING, STOPPED):
+        return entry.state
+    if live and entry.job in live:
+        return f"job {entry.job} {live[entry.job].lower()}"
+    if entry.state == STOPPED or entry.job is None:
+        return STOPPED
+    return f"job {entry.job}" if live is None else f"job {entry.job} {Slurm().state(entry.job).lower()}"
 
 
 def _sorted(rows: list[Row], sort: str, direction: str, names: Sequence[str]) -> list[Row]:
@@ -131,6 +162,18 @@ def _write(path: Path, names: Sequence[str], rows: Sequence[Row]) -> None:
             writer.writerows(rows)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}); the points' own files are whole") from error
+
+
+def _written(folder: Path, out: Path | None, names: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Where the CSV is, in words; where nobody has asked for it, the table is shown without."""
+    try:
+        _write(out or folder / TABLE, names, rows)
+    except UserError as error:
+        if out:
+            raise
+        print(f"WARNING: {error}; sweep-report out=... writes elsewhere", file=sys.stderr, flush=True)
+        return []
+    return [f"written to {out or folder / TABLE}"]
 
 
 def _aligned(names: Sequence[str], rows: Sequence[Row]) -> list[str]:

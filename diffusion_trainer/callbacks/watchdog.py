@@ -47,6 +47,7 @@ class Watchdog:
         self.host = socket.gethostname()
         self._last = Beat(time.monotonic(), "the start", float("inf"))
         self._written: Beat | None = None
+        self._told_unwritten = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -103,7 +104,9 @@ class Watchdog:
         try:
             self.files.state.write_text(self.state().json())
         except OSError as error:
-            self._say(f"{self.files.state} cannot be written: {error}")
+            if not self._told_unwritten:
+                self._say(f"{self.files.state} cannot be written: {error}")
+            self._told_unwritten = True
 
     def _end(self, last: Beat) -> None:
         """Last words first: they are short, and a full disk or a dead file system may stop what comes after."""

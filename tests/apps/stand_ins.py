@@ -14,7 +14,6 @@ fi""",
     "squeue": "cat queue",
     "sinfo": 'printf "main|1-00:00:00|2\\ndebug|30:00|1\\n"',
     "scontrol": "cat job 2> /dev/null || { cat complaint >&2; exit 1; }",
-    "scancel": 'echo "$@" > cancelled',
 }
 
 

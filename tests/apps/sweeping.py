@@ -22,6 +22,10 @@ if said["do"] == "interrupt":  # as Ctrl-C does, but of the parent alone
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(20)
+if said["do"] == "hang up":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    os.kill(os.getppid(), signal.SIGHUP)
+    time.sleep(20)
 if said["do"] == "poke":
     os.kill(os.getppid(), signal.SIGINT)
 if said["do"] == "die":

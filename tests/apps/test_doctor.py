@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ROOT, SMALL
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import doctor
-from diffusion_trainer.apps.doctor_disk import TemporaryFiles
+from diffusion_trainer.apps.doctor_disk import TemporaryFiles, bytes_of_checkpoints
 from diffusion_trainer.apps.doctor_facts import Run, scratch
 from diffusion_trainer.apps.doctor_run import unreachable
 from diffusion_trainer.apps.findings import Check, Process, examine, judge, ok
@@ -62,8 +63,11 @@ def test_a_healthy_run_is_healthy_and_leaves_nothing_behind(found, workplace):
     assert {p for p in workplace.rglob("*") if p.name != "report.json"} == set(before)
 
 
-def test_the_configuration_is_that_of_train(found):
+def test_the_configuration_is_that_of_train(found, capsys):
     assert console.run(["doctor", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("clock_seconds: 1.0", "num_images: 1000000", "schedule=cosine"):
+        assert text in shown
     with pytest.raises(UserError, match=r"did you mean optimizer\.lr"):
         found("optimizer.lrr=1")
     with pytest.raises(UserError, match=r"did you mean doctor\.slow"):
@@ -166,6 +170,30 @@ def test_what_a_kill_leaves_keeps_no_run_from_beginning(tmp_path):
     with scratch(folder) as path:
         assert path.parent == folder / "logs"
     assert list((folder / "logs").iterdir()) == []
+
+
+def test_checkpoints_that_a_run_takes_away_meanwhile_count_no_more(tmp_path, monkeypatch):
+    """The first file that is looked at takes its folder with it, and so does the first folder that is listed."""
+    names = [f"images-{n}" for n in range(4)]
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "a").write_bytes(bytes(10))
+    assert bytes_of_checkpoints(tmp_path) == 40
+    listed, looked_at, scandir, stat = [], [], os.scandir, Path.stat
+
+    def list_folder(path):
+        if "images-" in str(path) and not listed.append(path) and len(listed) == 1:
+            shutil.rmtree(path)
+        return scandir(path)
+
+    def look_at(path, **how):
+        if path.name == "a" and not looked_at.append(path) and len(looked_at) == 1:
+            shutil.rmtree(path.parent)
+        return stat(path, **how)
+
+    monkeypatch.setattr(os, "scandir", list_folder)
+    monkeypatch.setattr(Path, "stat", look_at)
+    assert bytes_of_checkpoints(tmp_path) == 20
 
 
 def closed_port() -> int:

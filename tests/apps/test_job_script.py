@@ -140,6 +140,8 @@ def test_times_are_those_of_sbatch(time, seconds):
         ({"time": "4h"}, "time=4h is no time: say minutes, hours:minutes:seconds"),
         ({"time": 2, "signal_lead_seconds": 120}, "signal_lead_seconds=120 must be shorter than time=2 (120 s)"),
         ({"time": 0, "signal_lead_seconds": 65536}, "at most 65535"),
+        ({"time": yaml.safe_load("24:00:00")}, "in a file say it in quotes, time: '24:00:00'"),
+        ({"time": yaml.safe_load("30:00")}, "time=1800 would be minutes"),
         ({"sbatch_options": {"nodes": 2}}, "sbatch_options.nodes: say nodes=2"),
         ({"sbatch_options": {"gpus-per-node": 2}}, "sbatch_options.gpus-per-node: say gpus_per_node=2"),
         ({"sbatch_options": {"output": "x"}}, "sbatch_options.output: it is not to be changed"),
@@ -155,6 +157,11 @@ def test_times_are_those_of_sbatch(time, seconds):
 def test_mistakes_are_told_with_what_would_be_right(more, says):
     found = "\n".join(job_script.mistakes(config(**more)))
     assert says in found
+
+
+@pytest.mark.parametrize("time", ["24:00:00", "2880", "2-00", 1439])
+def test_times_that_say_what_they_are_are_none(time):
+    assert [*job_script.mistakes(config(time=time))] == []
 
 
 def test_a_time_without_limit_ends_before_no_lead():

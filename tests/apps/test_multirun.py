@@ -99,6 +99,15 @@ def test_ctrl_c_reaches_the_running_point_and_starts_no_other():
 
 
 @pytest.mark.usefixtures("command")
+def test_the_end_of_a_login_session_stops_the_running_point_as_sigterm_does():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    try:
+        assert run(point("hang up"), point("b")) == ([143], signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("command")
 def test_a_signal_that_is_ignored_stays_ignored():
     """nohup ignores SIGHUP; a script's background job SIGINT."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

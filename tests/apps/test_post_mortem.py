@@ -12,9 +12,15 @@ from diffusion_trainer.apps import post_mortem
 from diffusion_trainer.apps.post_mortem import Blame, culprit, recorded, screen
 from diffusion_trainer.callbacks.last_words import HANG, RankFiles, State, write_failure
 from diffusion_trainer.callbacks.watchdog import HUNG
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 
 LOST = "RuntimeError: [enforce fail] Connection closed by peer [127.0.0.1]:1234"
+LOST_BY_NCCL = (
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "DistBackendError: NCCL failure: remote process exited or there was a network error",
+    "DistBackendError: NCCL communicator was aborted on rank 0.",
+    "DistBackendError: NCCL error\nLast error:\nsocketProgress: Connection closed by remote peer node1<41234>",
+)
 HUNG_WORDS = f"{HANG} 6 s; all stacks are in there"
 
 
@@ -69,6 +75,12 @@ def test_the_cause_is_blamed(logs, case):
     assert culprit(logs, codes, world=3) == expected
 
 
+@pytest.mark.parametrize("words", LOST_BY_NCCL)
+def test_a_rank_that_nccl_tells_of_its_lost_peer_is_not_to_blame(logs, words):
+    speak(logs, 0, words, 1)
+    assert culprit(logs, {}, world=2) == Blame(1, "was not heard of (stopped, or lost)")
+
+
 def test_one_screen_has_what_a_person_asks_first(tmp_path, logs):
     for rank in (0, 1):
         RankFiles(logs, rank).state.write_text(state(rank).json())
@@ -104,12 +116,12 @@ def test_a_thousand_ranks_are_one_screen_too(tmp_path, logs):
     assert "There is no checkpoint yet" in text
 
 
-def broken(files: RankFiles, state: State | None) -> None:
+def broken(files: RankFiles, state: State | None, error: Exception | None = None) -> None:
     """Trains until `state`, then fails."""
     with recorded(files.logs, files.rank, 3):
         if state:
             files.state.write_text(state.json())
-        raise ZeroDivisionError("none")
+        raise error or ZeroDivisionError("none")
 
 
 def test_an_error_is_recorded_with_its_innermost_frames_and_goes_on_its_way(logs):
@@ -167,6 +179,54 @@ def test_a_job_script_can_show_it(tmp_path, logs, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert ": rank 1 of 3 was not heard of (stopped, or lost);" in said
     assert (logs / post_mortem.FILE).read_text() == said
+
+
+def shown(folder, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", ["post_mortem", str(folder)])
+    post_mortem.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", [state(2).json(), '{"rank": 2, "wor'])
+def test_ranks_that_were_killed_before_anybody_could_say_a_word_have_a_screen(
+    tmp_path, logs, monkeypatch, capsys, left
+):
+    RankFiles(logs, 2).state.write_text(left)
+    lines = shown(tmp_path, monkeypatch, capsys).splitlines()
+    assert lines[0].endswith(": no rank has left a word: killed (perhaps the memory did not suffice).")
+    assert [line.split()[:3] for line in lines[2:5]] == [
+        ["0", "?", "?"], ["1", "?", "?"], ["2", "node2", "32"] if left.endswith("}") else ["2", "?", "?"],
+    ]  # fmt: skip
+
+
+def test_ranks_that_an_earlier_start_had_more_are_not_to_blame(tmp_path, logs, monkeypatch, capsys):
+    for rank in range(4):
+        speak(logs, rank, "of an earlier start", 1 + rank)
+        RankFiles(logs, rank).state.write_text(state(rank).json())
+    for rank in (1, 0):
+        with pytest.raises(ZeroDivisionError), recorded(logs, rank, 2):
+            raise ZeroDivisionError(f"of rank {rank}")
+    assert {path.name for path in logs.iterdir()} == {"failed-rank-0.txt", "failed-rank-1.txt"}
+    said = shown(tmp_path, monkeypatch, capsys)
+    assert "of an earlier start" not in said
+    assert ": rank 1 of 2 failed; the others were stopped." in said
+
+
+def test_a_start_of_other_ranks_keeps_what_theirs_have_said(logs):
+    speak(logs, 0, "of this start", 1)
+    with recorded(logs, 1, 2):
+        pass
+    assert RankFiles(logs, 0).failed.is_file()
+
+
+def test_a_store_that_does_not_answer_is_told_and_nobody_was_killed(tmp_path, logs, monkeypatch, capsys):
+    with pytest.raises(PassingError):
+        broken(RankFiles(logs, 0), state(0), PassingError("the store does not answer"))
+    speak(logs, 1, LOST, 2 * time.time_ns())
+    said = shown(tmp_path, monkeypatch, capsys)
+    assert ": rank 0 of 3 failed;" in said
+    assert "the store does not answer" in said
+    assert "in broken" not in said
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,16 @@ def test_another_configuration_in_the_folder_is_refused_with_the_difference(refu
     assert "holds another run; its configuration differs:\n  optimizer.lr: 0.002 there, 0.5 here" in message
 
 
+def test_the_folder_of_a_sweep_is_named_as_one(slurm, run):
+    Path("runs/digits").mkdir(parents=True)
+    Path("runs/digits/sweep.json").write_text("{}")
+    for verb in ("submit", "train"):
+        with pytest.raises(
+            UserError, match=r"runs/digits is the folder of a sweep, with its runs in it; choose another"
+        ):
+            console.run([verb, *run, "strategy=single"])
+
+
 def test_a_signal_that_leaves_less_time_than_the_last_save_took_is_refused(refused, slurm, run):
     _, checkpoint = write_run(Path("runs/digits"), config_of(run, "num_images=64"), images=32)
     manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -106,6 +116,13 @@ def test_a_signal_that_leaves_less_time_than_the_last_save_took_is_refused(refus
     [
         (["nodse=2"], "nodse=2: neither submit nor train has an option nodse; did you mean nodes?"),
         (["optimzer.lr=1"], "did you mean optimizer?"),
+        (
+            ["optimizer.lr=1e-3,2e-3"],
+            "optimizer.lr=1e-3,2e-3: several values, submit takes one; points of a sweep as jobs: ",
+        ),
+        (["nodes=1,2"], "diffusion-trainer train -m key=a,b hydra/launcher=slurm"),
+        (["hydra/launcher=slurm"], "hydra/launcher=slurm: submit does not sweep; points of a sweep as jobs: "),
+        (["sweeper=tpe"], "sweeper=tpe: submit does not sweep; points of a sweep as jobs: "),
         (["nodes=two"], "nodes=two: input should be a valid integer"),
         (["launcher=here"], "launcher=here: there is no such option; launcher is one of"),
         (["environment.A=1"], "there is no option environment.A"),
@@ -129,6 +146,12 @@ def test_a_partition_that_there_is_not_is_told_with_those_that_there_are(refused
         "sbatch: invalid partition specified: x; Invalid partition\n"
         "partitions here: main (up to 1-00:00:00, 2 nodes), debug (up to 30:00, 1 node)"
     )
+
+
+def test_the_reason_of_a_refusal_is_told_without_the_partitions_too(refused, slurm, run):
+    slurm.write("refusal", "sbatch: error: Batch job submission failed: Socket timed out\n")
+    (slurm.folder / "sinfo").write_text("#!/bin/bash\necho sinfo: error: down >&2; exit 1\n")
+    assert refused(*run) == "sbatch: Batch job submission failed: Socket timed out"
 
 
 def test_a_job_of_the_same_run_that_waits_or_runs_is_named(refused, slurm, run):
@@ -175,11 +198,12 @@ def test_a_dry_run_needs_no_slurm(slurm, run, capsys, monkeypatch, tmp_path):
 
 
 def test_a_job_is_no_part_of_the_job_that_it_is_submitted_from(slurm, run, monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SLURM_CONF", "MINE"):
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS", "MINE"):
         monkeypatch.setenv(name, "1")
     console.run(["submit", *run])
     names = {line.split("=")[0] for line in slurm.read("environment").splitlines()}
-    assert {n for n in names if n.startswith("SLURM") or n == "MINE"} == {"SLURM_CONF", "MINE"}
+    assert {n for n in names if n.startswith("SLURM_")} == {"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"}
+    assert "MINE" in names
 
 
 def test_job_renders_one_command_into_a_script(slurm, run):
@@ -221,6 +245,7 @@ def test_config_shows_both(capsys, run):
     ("job", "complaint", "state"),
     [
         ("JobId=7 JobName=a JobState=RUNNING Reason=None ExitCode=0:0\n", "", "RUNNING"),
+        ("JobId=7 JobName=a JobState=PREEMPTED Reason=None ExitCode=0:15\n", "", "PREEMPTED"),
         (None, "slurm_load_jobs error: Invalid job id specified\n", GONE),
         (None, "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", UNKNOWN),
     ],
@@ -230,9 +255,4 @@ def test_the_state_of_a_job(slurm, job, complaint, state):
     if job:
         slurm.write("job", job)
     assert Slurm().state("7") == state
-    assert (state in OVER) == (state == GONE)
-
-
-def test_a_job_is_cancelled_by_its_number(slurm):
-    Slurm().cancel("7")
-    assert slurm.read("cancelled") == "7\n"
+    assert (state in OVER) == (state in (GONE, "PREEMPTED"))

@@ -6,7 +6,8 @@ import yaml
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.config import Axis, axes
-from diffusion_trainer.apps.multirun import OWN, SweepConfig, split
+from diffusion_trainer.apps.keys import OF_SWEEPS as OWN
+from diffusion_trainer.apps.multirun import SweepConfig, split
 from diffusion_trainer.conventions import UserError
 
 
@@ -57,9 +58,12 @@ def test_a_sweeps_own_keys_are_told_from_the_verbs():
         (["sweeper=tpe", "trials=0"], "trials must be positive, not 0"),
         (["sweeper=tpe", "direction=up"], "direction=up"),
         (["sweeper=random", "sweeper.trialz=3"], "did you mean sweeper.trials?"),
-        (["trials=3"], "trials=3: only a search has that; add sweeper=tpe or sweeper=random"),
-        (["parallel=3"], "there is no option runner.parallel"),
-        (["hydra/launcher=slrum"], "did you mean slurm?"),
+        (["trials=3"], "trials=3: sweeper=grid has no trials; say sweeper=random or sweeper=tpe"),
+        (["sweeper=grid", "prune=true"], "prune=true: sweeper=grid has no prune; say sweeper=random or sweeper=tpe"),
+        (["sweeper=random", "sweeper.startup_trials=3"], "sweeper=random has no startup_trials; say sweeper=tpe"),
+        (["parallel=3"], "parallel=3: hydra/launcher=local has no parallel; say hydra/launcher=slurm"),
+        (["hydra/launcher=slrum"], "hydra/launcher=slrum: there is no such option; did you mean slurm?"),
+        (["hydra/launcher=joblib"], "hydra/launcher is one of local, slurm"),
         (["hydra/launcher=slurm"], "hydra/launcher=slurm is for train; likelihood sweeps here"),
         (["sweeper=tpe", "prune=true"], "prune=true is for train"),
     ],
@@ -67,6 +71,32 @@ def test_a_sweeps_own_keys_are_told_from_the_verbs():
 def test_mistakes_in_a_sweeps_own_keys(arguments, say):
     with pytest.raises(UserError) as error:
         console.run(["likelihood", "-m", "checkpoint=runs/x", "n=1,2", *arguments])
+    assert say in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "say"),
+    [
+        ("train hydra/launcher=slurm", "there is no option hydra/launcher; only a sweep has that: add -m"),
+        ("train sweeper=tpe", "train has no group sweeper; only a sweep has that: add -m"),
+        ("train trials=3", "there is no option trials; only a sweep has that: add -m"),
+        ("train nodes=2", "there is no option nodes; submit has that, and so has train -m with hydra/launcher=slurm"),
+        ("train launcher=gpu_nodes", "train has no group launcher; submit has that, and so has train -m with"),
+        (
+            "train -m seed=0,1 nodes=2",
+            "no option nodes; submit has that, and so has train -m with hydra/launcher=slurm",
+        ),
+        (
+            "submit -m seed=0,1",
+            "submit does not sweep; train, evaluate, likelihood, sample do; points of a sweep as jobs",
+        ),
+        ("train likelihood=bound", "train has no group likelihood"),
+    ],
+)
+def test_keys_of_sweeps_and_jobs_in_the_wrong_place_say_whose_they_are(arguments, say):
+    verb, *overrides = arguments.split()
+    with pytest.raises(UserError) as error:
+        console.run([verb, "experiment=digits", *overrides])
     assert say in str(error.value)
 
 

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from stand_ins import Commands
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps.places import Place, Point
-from diffusion_trainer.apps.sweep_record import DONE, FAILED, PRUNED, RUNNING, WAITING, Record, held
+from diffusion_trainer.apps.sweep_record import DONE, FAILED, PRUNED, RUNNING, STOPPED, WAITING, Record, held
 from diffusion_trainer.conventions import UserError
 
 FIDS = {"0.1": 3.0, "0.2": 1.0, "0.3": float("nan"), "0.4": 2.0, "0.5": 0.1, "0.6": 0.2}
@@ -82,10 +83,67 @@ def test_it_can_be_asked_from_anywhere(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.splitlines()[1:-1] == here[1:-1]
 
 
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Commands:
+    (tmp_path / "tools").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:/usr/bin:/bin")
+    commands = Commands(tmp_path / "tools")
+    path = commands.folder / "scontrol"
+    path.write_text(path.read_text().replace("\ncat job", '\necho "$@" >> asked; cat job'))
+    return commands
+
+
+def jobs(sweep: Record, **numbers: str) -> None:
+    """Makes jobs that run, as an ended sweep has seen them last, of the points of these states."""
+    found = {state: next(e for e in sweep.entries if e.state == state) for state in numbers}
+    for state, entry in found.items():
+        entry.state, entry.job = (STOPPED if state == "failed" else RUNNING), numbers[state]
+    sweep._write()
+
+
+def test_jobs_that_went_on_without_the_sweep_are_asked_for_once_and_their_metrics_are_there(capsys, sweep, slurm):
+    jobs(sweep, done="11", pruned="12", failed="13", running="14")
+    slurm.write("queue", "12|RUNNING|x\n13|PENDING|x\n")
+    slurm.write("job", "JobId=11 JobState=COMPLETED ExitCode=0:0\n")
+    lines = report(capsys)
+    says = "1 job 11 completed, 2 done, 1 job 12 running, 1 job 13 pending, 1 job 14 completed, 1 not started"
+    assert lines[0] == f"evaluate -m in home: {says}"
+    assert slurm.read("asked").split("\n")[:-1] == [f"show job --oneliner {n}" for n in (11, 14)]
+    with open("home/table.csv", newline="") as file:
+        rows = {row["optimizer.lr"]: row["fid"] for row in csv.DictReader(file)}
+    assert {lr for lr, fid in rows.items() if fid} == {"0.1", "0.2", "0.3", "0.6"}
+    (slurm.folder / "job").unlink()
+    slurm.write("complaint", "slurm_load_jobs error: Invalid job id specified\n")
+    assert "job 11 gone  " in "\n".join(report(capsys, "sort=fid"))
+    with open("home/table.csv", newline="") as file:
+        assert {row["optimizer.lr"] for row in csv.DictReader(file) if row["fid"]} == {"0.1", "0.2", "0.3", "0.6"}
+
+
+def test_a_queue_that_does_not_answer_is_asked_once(capsys, sweep, slurm):
+    jobs(sweep, done="11", failed="13", running="14")
+    (slurm.folder / "squeue").write_text("#!/bin/bash\nexit 1\n")
+    assert "1 job 11, 2 done, 1 pruned, 1 stopped, 1 job 14, 1 not started" in report(capsys)[0]
+    assert slurm.read("asked") is None
+
+
+def test_a_table_that_cannot_be_written_is_shown_all_the_same(capsys):
+    written = report(capsys)
+    Path("home", "table.csv").unlink()
+    Path("home", "table.csv").mkdir()
+    assert console.run(["sweep-report", "sweep=home"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == written[:-1]
+    assert err.startswith("WARNING: home/table.csv cannot be written (")
+    with pytest.raises(UserError, match=r"home cannot be written \("):
+        console.run(["sweep-report", "sweep=home", "out=home"])
+
+
 def test_what_cannot_be_reported_is_explained():
     for arguments, say in {
         ("sweep=home", "sort=kid"): "sort=kid: no point has it; there is optimizer.lr, state, fid, accuracy",
         ("sweep=nowhere",): "there is no nowhere/sweep.json: give the folder of a sweep",
+        ("sweep=home/sweep.json",): "there is no home/sweep.json/sweep.json: give the folder of a sweep",
+        (): "sweep is missing: say sweep=runs/<name>, the folder of a sweep",
         ("swep=home",): "did you mean sweep?",
         ("sweep=home", "direction=up"): "direction=up",
     }.items():

@@ -216,7 +216,8 @@ class Slow(AtOnce):
 def show_train(overrides) -> str:
     config = yaml.safe_load(show(overrides))
     folder = value_of(overrides, "folder")
-    return yaml.safe_dump(config | {"name": "x", "folder": folder or "runs/x", "checkpoint": None})
+    measured = {"evaluation": {}, "callbacks": {"evaluate": {}}}
+    return yaml.safe_dump(config | measured | {"name": "x", "folder": folder or "runs/x", "checkpoint": None})
 
 
 @pytest.mark.parametrize(("warmup", "looks"), [(0, 1), (25, 3)])
@@ -239,6 +240,63 @@ def test_a_trial_that_is_worse_than_the_median_is_stopped_and_told(warmup, looks
 def test_a_metric_that_no_point_has_stops_the_search_and_says_which_there_are():
     with pytest.raises(UserError, match=r"metric=kid: runs/x/.* has no such metric; there is fid"):
         searched(Random(2, "kid"), AtOnce(), space_without_seven())
+
+
+def test_a_metric_that_is_no_number_is_none_and_a_report_that_is_missing_has_none(monkeypatch):
+    """The same command goes on when that has been mended."""
+    with pytest.raises(UserError, match=r"metric=fid: runs/x/.* has no such metric; there is none"):
+        searched(Random(2, "fid"), AtOnce(lambda config: "low"), space_without_seven())
+    silent = AtOnce()
+    monkeypatch.setattr(silent, "start", lambda *_: silent)
+    with pytest.raises(UserError, match=r"metric=fid: runs/x/.* has no such metric; there is none"):
+        searched(Random(2, "fid", seed=1), silent, [*SPACE[:2], "n=1", SPACE[3]])
+    sweep = searched(Random(2, "fid", seed=1), AtOnce(), [*SPACE[:2], "n=1", SPACE[3]])
+    assert sweep.codes == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("missing", "say"), [("evaluation", "say evaluation=..."), ("callbacks", "callbacks.evaluate")]
+)
+def test_runs_that_measure_nothing_are_refused_before_the_first_trial(missing, say):
+    def unmeasured(overrides) -> str:
+        null = {"evaluation": {"evaluation": None}, "callbacks": {"callbacks": {"evaluate": None}}}
+        return yaml.safe_dump(yaml.safe_load(show_train(overrides)) | null[missing])
+
+    with pytest.raises(UserError, match="there is no metric to search by") as error:
+        Random(2, "fid").course(Planner("train", unmeasured), space_without_seven())
+    assert say in str(error.value)
+
+
+class Busy(AtOnce):
+    """Jobs, whose controller does not answer at first."""
+
+    lives_on = True
+
+    def start(self, verb, point, job, held) -> Started:
+        super().start(verb, point, job, held)
+        if len(self.asked) < 3:
+            raise UserError("squeue: Socket timed out")
+        return self
+
+
+def test_a_point_that_could_not_be_queued_is_not_told_to_the_study_and_is_asked_for_again():
+    busy = Busy()
+    sweep = searched(Random(3, "fid"), busy, space_without_seven())
+    assert sweep.codes == [2, 2, 0]
+    assert [trial.state.name for trial in sweep.course._study.trials] == ["RUNNING", "RUNNING", "COMPLETE"]
+    again = AtOnce()
+    assert searched(Random(3, "fid"), again, space_without_seven()).codes == [0, 0]
+    assert again.asked == busy.asked[:2]
+
+
+def test_how_points_run_makes_no_other_search():
+    studies = [
+        Random(2, "fid").course(Planner("evaluate", show, beside=("time", "launcher")), [*space_without_seven(), *more])
+        for more in ([], ["time=4"], ["launcher=a", "+time.zone=8"], ["seed=1"])
+    ]
+    assert [course.study == studies[0].study for course in studies] == [True, True, True, False]
+    swept = Random(2, "fid").course(Planner("evaluate", show, beside=("kind",)), space_without_seven())
+    assert swept.study == studies[0].study
 
 
 def test_without_optuna_a_search_says_what_to_install(monkeypatch):

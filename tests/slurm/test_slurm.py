@@ -176,7 +176,7 @@ def test_a_crash_loop_stops_and_says_how_to_go_on(cluster, checkout, submit):
     assert "RuntimeError: crash of the test" in log
     assert "3 starts in a row without a newer checkpoint" in log
     assert f"log     {checkout}/slurm-{number}.log" in log
-    assert "sbatch --nodes=2 --ntasks-per-node=1 launch/train.sbatch experiment=digits" in log
+    assert "--nodes=2 --ntasks-per-node=1 launch/train.sbatch experiment=digits" in log
     assert not [path for path in checkout.glob(f"slurm-{number}*") if path.suffix != ".log"]
 
 

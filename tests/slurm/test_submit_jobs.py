@@ -147,6 +147,6 @@ def test_states_of_jobs_as_a_program_sees_them(cluster, tmp_path, monkeypatch):
     number = slurm.submit(script)
     assert [job.number for job in slurm.live() if job.script == str(script)] == [number]
     cluster_jobs.until(lambda: slurm.state(number) == "RUNNING", lambda: slurm.state(number))
-    slurm.cancel(number)
+    cluster.run("scancel", number)
     cluster_jobs.until(lambda: slurm.state(number) == "CANCELLED", lambda: slurm.state(number))
     assert slurm.state("1") == "GONE"
