@@ -187,6 +187,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reasons", "pair"),
     list(refused_pairs()),

@@ -139,7 +139,7 @@ def test_interrupted_anywhere_it_logs_what_it_would_have_logged(train, events, t
 def test_a_step_is_agreed_on_once(train, events, tmp_path, monkeypatch):
     """Each further collective would cost every step a round trip over the network."""
     counted, per_step = [], {}
-    for name in ("mean", "each_any", "gather"):
+    for name in ("mean", "any", "gather"):
         original = getattr(Agreement, name)
         counting = lambda self, *a, name=name, original=original: counted.append(name) or original(self, *a)  # noqa: E731
         monkeypatch.setattr(Agreement, name, counting)
