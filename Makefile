@@ -23,7 +23,7 @@ quickstart: $(READY)  ## train, sample and score a diffusion model of handwritte
 	@$(BIN)/python data/digits.py --out shards/digits
 	@$(BIN)/diffusion-trainer train experiment=digits
 
-check: $(READY) lint  ## the fast tests (under 2 minutes)
+check: $(READY) lint  ## the fast tests (2.5 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -n logical -m "not slow and not gpu"
 
 test: $(READY) lint  ## all tests
