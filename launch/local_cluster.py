@@ -30,34 +30,7 @@ CLIENTS = (MUNGE, CONTROLLER, NODE, "slurmstepd", "srun", "sbatch", "salloc")
 HOME = "LOCAL_CLUSTER_NODE"  # the variable that tells a node's daemon, and its children that watch jobs, from others'
 UP_SECONDS, DOWN_SECONDS = 60, 10
 
-CONFIGURATION = """\
-ClusterName=local
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller_port}
-SlurmUser={user}
-SlurmdUser={user}
-FirstJobId={first_job}
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/%n.pid
-ProctrackType=proctrack/linuxproc
-SlurmdParameters=config_overrides
-ReturnToService=2
-SlurmdTimeout=20
-KillWait=30
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-{nodes}
-PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=30
-PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
-"""
-# cred_expire is also what a requeued job waits for, 120 s by default; the scheduler's intervals add up to 60 s more.
-# SlurmdTimeout: after so many seconds without an answer a node is down, 300 by default.
+CONFIGURATION = Path(__file__).with_name("local_cluster.conf")
 
 
 class ClusterError(Exception):
@@ -188,7 +161,7 @@ class LocalCluster:
             for name, port in zip(self.nodes, ports[1:], strict=True)
         ]
         self.conf.write_text(
-            CONFIGURATION.format(
+            CONFIGURATION.read_text().format(
                 host=host, controller_port=ports[0], user=pwd.getpwuid(os.getuid()).pw_name, folder=self.folder,
                 first_job=random.randrange(1000, 20000), nodes="\n".join(nodes),
             )

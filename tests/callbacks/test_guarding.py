@@ -37,7 +37,6 @@ class FakeRun(SimpleNamespace):
             folder=folder,
             module=module,
             agreement=Agreement(),
-            sharding=SimpleNamespace(skipped=False),
             trainer=SimpleNamespace(accumulate_grad_batches=1, should_stop=False, callbacks=[]),
             _answers=(-1, {}),
             state=state or {},

@@ -1,23 +1,13 @@
 """diffusion-trainer doctor as the first step of a job: a process for each node; the node that is spoilt is named."""
 
-import importlib.util
-import os
-import shutil
-import sys
 import tempfile
-import time
 from pathlib import Path
 
+import cluster_jobs
 import pytest
-from conftest import ROOT, SMALL
+from conftest import SMALL
 
-SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-INSTALLED = all(shutil.which(name, path=SBIN) for name in ("slurmctld", "slurmd", "munged"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.skipif(not INSTALLED, reason="SLURM is not installed: apt-get install slurm-wlm munge"),
-]
+pytestmark = cluster_jobs.MARKS
 # $TMPDIR is none on the second node alone.
 JOB = """#!/bin/bash
 export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) OMP_NUM_THREADS=1
@@ -29,25 +19,20 @@ srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
 
 @pytest.fixture
 def cluster():
-    spec = importlib.util.spec_from_file_location("local_cluster", ROOT / "launch" / "local_cluster.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with tempfile.TemporaryDirectory() as folder, module.LocalCluster(Path(folder), nodes=3, cpus=4) as cluster:
+    with tempfile.TemporaryDirectory() as folder, cluster_jobs.local_cluster(Path(folder), nodes=3) as cluster:
         yield cluster
 
 
 def test_the_spoilt_node_is_named(cluster, folder):
-    (folder / ".venv").symlink_to(sys.prefix)
+    cluster_jobs.prepare(folder)
     arguments = ["experiment=digits", *SMALL, "strategy=zero2", "batch_size=24", "lanes=6", "doctor.slow=0.01",
                  "doctor.slow_network=0.01"]  # fmt: skip
     (folder / "job.sh").write_text(JOB.format(arguments=" ".join(arguments)))
     sbatch = ["sbatch", "--parsable", "--nodes=3", "--ntasks-per-node=2", "--output=log", "job.sh"]
     job = cluster.run(*sbatch, cwd=folder).strip()
-    end = time.monotonic() + 300
-    while cluster.job(job)["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    log = (folder / "log").read_text()
+    path = folder / "log"
+    cluster_jobs.until(lambda: cluster.job(job)["JobState"] in cluster_jobs.OVER, path.read_text, 300)
+    log = path.read_text()
     assert cluster.job(job)["ExitCode"] == "1:0", log
     assert "looked at by 3 processes on 3 nodes" in log
     assert "24 = 6 processes x 1 micro-batch x 4, 6 lanes" in log

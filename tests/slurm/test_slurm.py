@@ -10,16 +10,12 @@ from pathlib import Path
 import cluster_jobs
 import pytest
 import torch
-from cluster_jobs import INSTALLED, begun, curve, log_of, rank_of, script, until, worker_of
+from cluster_jobs import begun, curve, log_of, rank_of, script, until, worker_of
 from conftest import SMALL
 
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.skipif(not INSTALLED, reason="SLURM is not installed: apt-get install slurm-wlm munge"),
-]
+pytestmark = cluster_jobs.MARKS
 IMAGES = 3200
 RUN = [
     "experiment=digits", *SMALL, "strategy=zero2", f"num_images={IMAGES}", "callbacks.evaluate=null",

@@ -7,12 +7,7 @@ import cluster_jobs
 import pytest
 from soak import FAULTS, soak
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(not cluster_jobs.INSTALLED, reason="SLURM is not installed: apt-get install slurm-wlm munge"),
-]
+pytestmark = [*cluster_jobs.MARKS, pytest.mark.timeout(1800)]
 
 
 def test_each_kind_of_fault_is_survived_and_nothing_is_lost(folder):

@@ -15,11 +15,7 @@ from conftest import ROOT, SMALL, command, finish
 from diffusion_trainer.apps.jobs import Slurm
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.skipif(not cluster_jobs.INSTALLED, reason="SLURM is not installed: apt-get install slurm-wlm munge"),
-]
+pytestmark = cluster_jobs.MARKS
 RUN = [
     "launcher=local_cluster", "experiment=digits", *SMALL, "strategy=zero2", "callbacks.evaluate=null",
     "callbacks.checkpoint.every_n_images=32",

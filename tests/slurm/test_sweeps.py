@@ -12,11 +12,7 @@ import cluster_jobs
 import pytest
 from conftest import ROOT, SMALL, command, finish
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.skipif(not cluster_jobs.INSTALLED, reason="SLURM is not installed: apt-get install slurm-wlm munge"),
-]
+pytestmark = cluster_jobs.MARKS
 SWEEP = [
     "train", "-m", "experiment=digits", *SMALL, "strategy=zero2", "num_images=64", "callbacks.evaluate.at_start=false",
     "hydra/launcher=slurm", "runner.poll_seconds=0.5", "nodes=2", "tasks_per_node=1", "time=01:00:00",
