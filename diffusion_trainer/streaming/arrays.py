@@ -75,13 +75,20 @@ class Label(Field):
         return (self.extension,)
 
     def decode(self, data, out, draws):
+        out[...] = self._label(data)
+
+    def decode_all(self, column, out, draws):
+        out[...] = [self._label(column[row]) for row in range(len(column))]
+        return [None] * len(column)
+
+    def _label(self, data: memoryview) -> int:
         label = _decimal(data) if self.key is None else _member(data, self.key)
         if self.num_classes is not None and label >= self.num_classes:
             raise Undecodable(
                 f"label {label} is out of range: there are {self.num_classes} classes, 0 to {self.num_classes - 1} "
                 "(num_classes, that of the conditioning)"
             )
-        out[...] = label
+        return label
 
 
 def _decimal(data: memoryview) -> int:

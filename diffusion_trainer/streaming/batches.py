@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, get_worker_info
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.buckets import Bucketed
 from diffusion_trainer.streaming.damage import Damage, Found, Hopeless
-from diffusion_trainer.streaming.fields import Decoder, SampleDraws
+from diffusion_trainer.streaming.fields import Decoder, Draws
 from diffusion_trainer.streaming.loader import Filled, Layout, Piece, Stop
 from diffusion_trainer.streaming.order import Mix
 from diffusion_trainer.streaming.ring import Ring
@@ -43,8 +43,13 @@ class Reader:
             tried.append(Found(damage.kind, self.samples.shards[k].url, i, str(damage)))
             where[row] = places[row] = self._instead(numbers[row], tried)
 
-        draws = [SampleDraws(self.seed, number) for number in numbers]
-        objects = self.decoder.fill(arrays, draws, lambda row: self.samples.read(*where[row]), failed)
+        objects = self.decoder.fill(
+            arrays,
+            Draws(self.seed, numbers),
+            lambda row: self.samples.read(*where[row]),
+            failed,
+            lambda row: self.samples.block(where[row:]),
+        )
         # Those that were tried in a sample's place will be counted when their own turn comes.
         return Filled(objects, places, [bad[row][0] for row in sorted(bad)])
 

@@ -15,7 +15,7 @@ from diffusion_trainer.streaming.base import Data
 from diffusion_trainer.streaming.batches import Items, Reader
 from diffusion_trainer.streaming.buckets import Bucketed, bucketed, nearest
 from diffusion_trainer.streaming.damage import Damage
-from diffusion_trainer.streaming.fields import Decoder, Field, SampleDraws
+from diffusion_trainer.streaming.fields import Decoder, Draws, Field
 from diffusion_trainer.streaming.index import SIZES, Shard
 from diffusion_trainer.streaming.loader import Layout, Loader
 from diffusion_trainer.streaming.order import Mix, Order, shares
@@ -156,8 +156,7 @@ class ShardData(Data):
             shard = self.samples.shards[k].url
             raise Unusable(f"shard {shard}, sample {sample} ({damage.kind}): {damage}") from damage
 
-        draws = [SampleDraws(0, i) for i in indices]
-        return decoder.fill(arrays, draws, lambda row: self.samples.read(*places[row]), failed)
+        return decoder.fill(arrays, Draws(0, indices), lambda row: self.samples.read(*places[row]), failed)
 
     def labelled(self, label: int) -> Iterator[int]:
         """Numbers of the samples of a class, in the order of the shards; their images are not decoded."""

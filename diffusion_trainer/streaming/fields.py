@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from diffusion_trainer.conventions import seed_of
-from diffusion_trainer.streaming.damage import Damage, MissingField
+from diffusion_trainer.streaming.columns import Block, Column, member_of
+from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.ring import Entry
 
 
@@ -21,6 +22,16 @@ class SampleDraws(NamedTuple):
     def uniform(self, stream: str) -> float:
         """In [0, 1). The same stream gives the same number again."""
         return seed_of(self.seed, "augmentation", self.number, stream) / 2**63
+
+
+class Draws(NamedTuple):
+    """Of samples with these numbers: most fields ask for none, so that they are made when they are asked for."""
+
+    seed: int
+    numbers: Sequence[int]
+
+    def of(self, row: int) -> SampleDraws:
+        return SampleDraws(self.seed, self.numbers[row])
 
 
 class Field(ABC):
@@ -49,6 +60,11 @@ class Field(ABC):
     def decode(self, data: memoryview, out: np.ndarray | None, draws: SampleDraws) -> Any:
         """Fills `out`, in the shape that `out` has (aspect buckets vary it), or returns the object. Raises Damage."""
 
+    def decode_all(self, column: Column, out: np.ndarray | None, draws: Draws) -> list:
+        """`decode` for each member of a column, out being (n, *shape); Damage if any of them has some."""
+        rows = range(len(column))
+        return [self.decode(column[row], None if out is None else out[row, ...], draws.of(row)) for row in rows]
+
     def damaged(self, rows: np.ndarray) -> Mapping[int, Damage]:
         """Of rows, (n, *shape), that `decode` has filled: what costs less to see in all at once."""
         return {}
@@ -74,38 +90,65 @@ class Decoder:
     def fill(
         self,
         arrays: Sequence[np.ndarray],
-        draws: Sequence[SampleDraws],
+        draws: Draws,
         read: Callable[[int], Mapping[str, memoryview]],
         failed: Callable[[int, Damage], None],
+        read_block: Callable[[int], Block] | None = None,
     ) -> dict[str, list]:
         """Fills arrays, each (n, *stored), n being the number of draws; returns n objects of each field without array.
 
         read(row) gives the members of the row's sample, and after failed(row, damage) those of another in its place;
-        whoever has none raises there.
+        whoever has none raises there. read_block(row): as many of the rows from this one on as can be had at once, none
+        if it is damaged.
         """
-        objects = {name: [None] * len(draws) for name in self._objects}
+        objects = {name: [None] * len(draws.numbers) for name in self._objects}
         # Not looked up for each sample.
         into = [(field.decode, field.extensions, array) for field, array in zip(self._arrays, arrays, strict=True)]
-        rows: Sequence[int] = range(len(draws))
-        while rows:
+        rows: Sequence[int] = range(len(draws.numbers))
+        if read_block is not None:
+            rows = self._fill_blocks(rows, arrays, objects, draws, read_block)
+        while True:
             for row in rows:
-                self._fill_row(row, into, objects, draws[row], read, failed)
+                self._fill_row(row, into, objects, draws.of(row), read, failed)
             found: dict[int, Damage] = {}
             for field, array in zip(self._arrays, arrays, strict=True):
                 found = {**field.damaged(array), **found}
             rows = sorted(found)
+            if not rows:
+                return objects
             for row in rows:
                 failed(row, found[row])
-        return objects
+
+    def _fill_blocks(self, rows, arrays, objects, draws, read_block) -> list[int]:
+        """Returns the rows that are left to be read one by one, as something in their block is damaged."""
+        left, at = [], 0
+        while at < len(rows):
+            block = read_block(at)
+            some = rows[at : at + max(1, len(block))]
+            if not (len(block) and self._fill_block(block, slice(some.start, some.stop), arrays, objects, draws)):
+                left += some
+            at = some.stop
+        return left
+
+    def _fill_block(self, block, rows, arrays, objects, draws) -> bool:
+        draws = Draws(draws.seed, draws.numbers[rows])
+        try:
+            for field, array in zip(self._arrays, arrays, strict=True):
+                field.decode_all(block.column(field.extensions), array[rows], draws)
+            for name, field in self._objects.items():
+                objects[name][rows] = field.decode_all(block.column(field.extensions), None, draws)
+        except Damage:
+            return False
+        return True
 
     def _fill_row(self, row, into, objects, draws, read, failed) -> None:
         while True:
             try:
                 members = read(row)
                 for decode, extensions, array in into:
-                    decode(_member(members, extensions), array[row, ...], draws)
+                    decode(member_of(members, extensions), array[row, ...], draws)
                 for name, field in self._objects.items():
-                    objects[name][row] = field.decode(_member(members, field.extensions), None, draws)
+                    objects[name][row] = field.decode(member_of(members, field.extensions), None, draws)
                 return
             except Damage as damage:
                 failed(row, damage)
@@ -117,12 +160,3 @@ class Decoder:
             name: objects[name] if field.stored is None else field.present(next(tensors))
             for name, field in self.fields.items()
         }
-
-
-def _member(members: Mapping[str, memoryview], extensions: Sequence[str]) -> memoryview:
-    for extension in extensions:
-        if extension in members:
-            return members[extension]
-    raise MissingField(
-        f"it has no .{' or .'.join(extensions)}, only {', '.join('.' + e for e in sorted(members)) or 'nothing'}"
-    )

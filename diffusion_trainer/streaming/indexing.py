@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_trainer.streaming.cutter import Cutter
 from diffusion_trainer.streaming.decoding import IMAGES, image_size
 from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, SIZES, Scan, Shard, scan
 from diffusion_trainer.streaming.sites import LocalSite, Site
-from diffusion_trainer.streaming.tar import Cutter
 from diffusion_trainer.streaming.writing import end_with_parent
 
 SAVE_EVERY = 1000  # shards: what an interruption may cost

@@ -63,6 +63,24 @@ class Numbers(Field):
             array = self._as_configured(array, out)
         out[...] = array
 
+    def decode_all(self, column, out, draws):
+        # One copy for all where they lie alike, as samples of latents do: 0.3 us for 4096 float16, one by one 1.6.
+        strides = column.strides() if self.member is None else None
+        if strides is None:
+            return super().decode_all(column, out, draws)
+        step, size = strides
+        first = npy(column[0])
+        head = size - first.nbytes
+        table = np.ndarray((len(column), head), np.uint8, column.memory, column.starts[0], (step, 1))
+        if (table != table[0]).any():
+            return super().decode_all(column, out, draws)
+        shape, strides = (len(column), *first.shape), (step, *first.strides)
+        arrays = np.ndarray(shape, first.dtype, column.memory, column.starts[0] + head, strides)
+        if first.dtype != out.dtype or arrays.shape != out.shape:
+            arrays = self._as_configured(arrays, out)
+        out[...] = arrays
+        return [None] * len(column)
+
     def damaged(self, rows):
         if self._limits is None or not self._beyond(rows):
             return {}

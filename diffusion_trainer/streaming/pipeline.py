@@ -15,7 +15,7 @@ from webdataset.shardlists import expand_urls
 from diffusion_trainer.conventions import UserError, seed_of
 from diffusion_trainer.streaming.base import Data
 from diffusion_trainer.streaming.damage import BadArchive, Damage, Found, Hopeless
-from diffusion_trainer.streaming.fields import Field, SampleDraws
+from diffusion_trainer.streaming.fields import Draws, Field
 from diffusion_trainer.streaming.loader import Filled, Layout, Loader, Piece, Stop
 from diffusion_trainer.streaming.ring import Ring
 
@@ -129,7 +129,7 @@ class _Stream(IterableDataset):
             self._found.append(Found(damage.kind, url, NOWHERE, f"{key}: {damage}"))
             self._give_up()
 
-        objects = self.data.decoder.fill(arrays, [SampleDraws(self.seed, n) for n in numbers], read, failed)
+        objects = self.data.decoder.fill(arrays, Draws(self.seed, numbers), read, failed)
         found, self._found = self._found, []
         return Filled(objects, np.full((len(numbers), 2), NOWHERE), found)
 

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from isal import isal_zlib
 
-from diffusion_trainer.streaming.damage import BadChecksum, TooLarge
+from diffusion_trainer.streaming.columns import Block
+from diffusion_trainer.streaming.cutter import Cutter
+from diffusion_trainer.streaming.damage import BadChecksum, Damage, TooLarge
 from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, Shard
 from diffusion_trainer.streaming.stores import Store, stale
-from diffusion_trainer.streaming.tar import Cutter, key_and_extension, members
+from diffusion_trainer.streaming.tar import key_and_extension, members
 
+BLOCK_BYTES = 1 << 18  # which the caches of a core hold
 MAX_TABLE_BYTES = 1 << 26  # of the offsets and checksums that one process keeps
 
 
@@ -23,17 +26,39 @@ class Samples:
         self._tables: OrderedDict[int, tuple[array, array]] = OrderedDict()
         self._table_bytes = 0
         self._cut = Cutter()
-        self._buffer = memoryview(bytearray(1 << 16))
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def bytes_of(self, k: int, i: int) -> memoryview:
         """All of the sample as it lies in the tar. Damage if it cannot be read or is not what was indexed."""
+        return self._read(k, i, 0)
+
+    def block(self, places: Sequence[Sequence[int]]) -> Block:
+        """The first of these samples, as many as fit, up to one that is damaged: whoever reads that learns of what."""
+        starts, cuts, at = [], [], 0
+        try:
+            for k, i in places:
+                data = self._read(k, i, at)
+                if data is None:
+                    break
+                cuts.append(self._cut.places(data))
+                starts.append(at)
+                at += len(data)
+        except Damage:
+            pass
+        return Block(self._buffer, starts, cuts)
+
+    def _read(self, k: int, i: int, at: int) -> memoryview | None:
+        """The sample, put into the buffer from byte `at` on; None if there is no room after others."""
         offsets, checksums = self._tables.get(k) or self._table(k)
-        first, size = offsets[i], offsets[i + 1] - offsets[i]
+        first = offsets[i]
+        size = offsets[i + 1] - first
         if size > self.max_bytes:
             raise TooLarge(f"it has {size} bytes, more than data.max_sample_bytes={self.max_bytes}")
-        if size > len(self._buffer):
+        if at + size > len(self._buffer):
+            if at:
+                return None
             self._buffer = memoryview(bytearray(2 * size))
-        data = self._buffer[:size]
+        data = self._buffer[at : at + size]
         self.store.read(self.shards[k], first, data)
         if isal_zlib.crc32(data) != checksums[i]:
             raise BadChecksum("its bytes are not those that were indexed")

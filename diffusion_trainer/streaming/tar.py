@@ -11,9 +11,6 @@ from diffusion_trainer.streaming.damage import BadArchive, Truncated
 
 BLOCK = 512
 MAX_DIGITS = 19
-NAME = 100  # bytes of a header for the name
-MAX_KNOWN = 1024  # layouts of samples
-MAX_MISSES = 32  # samples in a row that lie otherwise than the first of their size; to learn costs 20 parses
 REGULAR = b"0\x007"  # type flags of files (0, old-style NUL, contiguous)
 NO_DATA = b"123456"  # links, devices, folders, pipes: whatever size they tell, nothing follows
 EXTENDED = b"Lx"  # GNU's long name, or pax records, of the header that follows
@@ -168,66 +165,3 @@ def _name(header: bytes) -> str:
     if header[257:263] == b"ustar\0" and header[345]:  # POSIX splits names of over 100 bytes
         return f"{_text(header[345:500].partition(bytes(1))[0])}/{name}"
     return name
-
-
-class _Layout:
-    """Where the members of samples of one size lie, and what their headers say then."""
-
-    def __init__(self, members: list[tuple[str, Member]], data: memoryview):
-        self.places = [(extension, slice(m.offset, m.offset + m.size)) for extension, m in members]
-        self.match = re.compile(b"".join(_pattern(*named, data) for named in members), re.DOTALL).match
-        self.misses = 0  # in a row
-
-
-def _pattern(extension: str, member: Member, data: memoryview) -> bytes:
-    """Of a member's header with any key, and what follows up to the next one's."""
-    header, name_size = member.start, len(member.name)
-    dot_and_extension = re.escape(bytes(data[header + name_size - len(extension) - 1 : header + name_size])) + rb"\0"
-    longest = NAME - 2 - len(extension)
-    size = re.escape(bytes(data[header + NAME + 24 : header + NAME + 36]))
-    return (
-        rb"(?!__)(?=[\x01-\x7f]{1,%d}%b)" % (longest, dot_and_extension)  # ASCII, and all of it in the header
-        + rb"(?=(?:[^\0]*/)?(?!__)[^\0/.]+%b)" % dot_and_extension
-        + rb".{124}%b.{20}%c.{100}" % (size, REGULAR[0])
-        + rb"(?!ustar\0.{82}[^\0])"  # a name's first part, which POSIX has apart
-        + rb".{%d}" % (BLOCK - 257 + padded(member.size))
-    )
-
-
-class Cutter:
-    """Cuts samples into members, and remembers how: samples of latents differ in nothing but their data."""
-
-    def __init__(self):
-        self._known: dict[int, _Layout] = {}  # by the size of the sample
-
-    def __call__(self, data: memoryview) -> dict[str, memoryview]:
-        """Extension -> bytes of the members of one sample."""
-        known = self._known.get(len(data))
-        if known is not None and known.match(data):
-            known.misses = 0
-            return {extension: data[place] for extension, place in known.places}
-        found, plain = [], True
-        for member, regular in entries(data):
-            named = key_and_extension(member.name) if regular else None
-            plain = plain and named is not None and _is_plain(member, data)
-            if named is not None:
-                found.append((named[1], member))
-        if plain and found:
-            self._learn(found, data)
-        return {extension: data[m.offset : m.offset + m.size] for extension, m in found}
-
-    def _learn(self, members: list[tuple[str, Member]], data: memoryview) -> None:
-        known = self._known.get(len(data))
-        if known is not None and known.misses < MAX_MISSES:
-            known.misses += 1
-        elif known is not None or len(self._known) < MAX_KNOWN:
-            self._known[len(data)] = _Layout(members, data)
-
-
-def _is_plain(member: Member, data: memoryview) -> bool:
-    """Its name is all in its header, which has the type that writers of today give to files."""
-    name = member.name.encode()
-    if len(name) >= NAME:  # no NUL ends it
-        return False
-    named = member.name.isascii() and data[member.start : member.start + len(name) + 1] == name + bytes(1)
-    return named and data[member.start + 156] == REGULAR[0]

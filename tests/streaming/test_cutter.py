@@ -7,7 +7,10 @@ from itertools import product
 import pytest
 from streaming.making import END, header, member, pax, python_tar, shard_bytes
 
-from diffusion_trainer.streaming.tar import MAX_MISSES, Cutter, key_and_extension, members
+from diffusion_trainer.streaming import cutter
+from diffusion_trainer.streaming.cutter import MAX_LAYOUTS, Cutter
+from diffusion_trainer.streaming.damage import Truncated
+from diffusion_trainer.streaming.tar import key_and_extension, members
 
 # All of one length, so that samples of one size differ in nothing but what their headers mean.
 IGNORED = (
@@ -73,30 +76,47 @@ def test_no_sample_leads_astray_in_another_one_of_its_size(size):
     alike = [what for what, sample in ALL.items() if len(sample) == size]
     for first, second in product(alike, alike):
         cut = Cutter()
-        cut(memoryview(ALL[first]))
-        for what in (second, first):
+        for what in (first, first, second, second, first):
             assert {e: bytes(data) for e, data in cut(memoryview(ALL[what])).items()} == TRUTH[what], (first, what)
 
 
-def test_a_folder_and_an_empty_member_in_its_place():
+def learnt(*samples: bytes) -> Cutter:
+    """What has seen each of them twice: it learns of the second."""
     cut = Cutter()
-    assert list(cut(memoryview(member("a.x", b"1") + member("a", kind=b"5")))) == ["x"]
+    for sample in samples:
+        cut(memoryview(sample))
+        cut(memoryview(sample))
+    return cut
+
+
+def matches(cut: Cutter, sample: bytes) -> bool:
+    """Whether it need not look at the headers one by one."""
+    return any(layout.match(memoryview(sample)) for layout in cut._known.get(len(sample), ()))
+
+
+def test_a_folder_and_an_empty_member_in_its_place():
+    cut = learnt(member("a.x", b"1") + member("a", kind=b"5"))
     assert list(cut(memoryview(member("b.x", b"1") + member("b.y")))) == ["x", "y"]
 
 
 def test_a_hidden_member_where_another_sample_has_a_field():
-    cut = Cutter()
-    assert list(cut(memoryview(member("k/a1.x") + member("k/a1.y")))) == ["x", "y"]
+    cut = learnt(member("k/a1.x") + member("k/a1.y"))
     assert list(cut(memoryview(member("k/a2.x") + member("k/a/.y")))) == ["x"]
+
+
+def test_a_member_that_comes_twice_is_its_last_and_teaches_nothing():
+    """Its first one lies between those that are known: another sample may have anything there."""
+    twice = member("a.x", b"1") + member("a.y", b"2") + member("a.x", b"3")
+    cut = learnt(twice)
+    assert {e: bytes(d) for e, d in cut(memoryview(twice)).items()} == {"x": b"3", "y": b"2"}
+    assert not cut._known
 
 
 def test_it_does_take_the_short_cut():
     """Else it would be slow without a word; data that look like headers do not lead it astray."""
     first, second = (memoryview(shard_bytes([n])[: -len(END)]) for n in (1, 2))
-    cut = Cutter()
-    cut(first)
-    (known,) = cut._known.values()
-    assert known.match(second)
+    cut = learnt(first)
+    assert matches(cut, second)
     broken = bytearray(second)
     broken[148:156] = bytes(8)  # the checksum of a header, at which it does not look
     assert {e: bytes(d) for e, d in cut(memoryview(broken)).items()} == truth(bytes(second))
@@ -108,26 +128,31 @@ def test_it_does_take_the_short_cut():
     )
 
 
-def test_what_every_sample_of_a_size_is_like_is_learnt_though_the_first_was_not():
-    usual = [b"".join(member(f"k/{i:04d}.{e}") for e in "xyz") for i in range(MAX_MISSES + 2)]
-    odd = member("k/abcdef") + member("k/abcd.x") + member("k/abcd.y")
-    first = member("k/a.y") + member("k/a.z") + member("k/a.x")
-    for start in (odd, first):
-        cut = Cutter()
-        for sample in (start, *usual):
-            cut(memoryview(sample))
-        (known,) = cut._known.values()
-        assert known.match(memoryview(usual[0]))
+def test_samples_of_a_size_that_lie_in_some_ways_are_all_learnt():
+    """Labels of 1, 2 and 3 digits take the same room."""
+    ways = [member("k/a.x", b"0" * n) + member("k/a.y", b"1" * (9 - n)) for n in range(1, 2 + MAX_LAYOUTS)]
+    cut = learnt(*ways)
+    assert [matches(cut, way) for way in ways] == [True] * MAX_LAYOUTS + [False]
+    for way in ways * 2:
+        assert {e: bytes(data) for e, data in cut(memoryview(way)).items()} == truth(way)
+
+
+def test_sizes_that_vary_teach_nothing_and_plain_headers_are_read_at_once(monkeypatch):
+    """JPEGs: a layout for each would be made, and never fit."""
+    monkeypatch.setattr(cutter, "entries", None)
+    cut = Cutter()
+    for n in range(1, 500):
+        sample = member(f"k/{n}.JPG", bytes(n)) + member(f"k/{n}.cls", b"1")
+        assert {e: bytes(d) for e, d in cut(memoryview(sample)).items()} == {"jpg": bytes(n), "cls": b"1"}
+    assert not cut._known
 
 
 def test_keys_of_any_length_take_the_short_cut():
-    cut = Cutter()
-    cut(memoryview(member("k/a.x")))
-    (known,) = cut._known.values()
+    cut = learnt(member("k/a.x"))
     for key in ("b", "k/b", "some/what/longer", "k" * 97):
-        assert known.match(memoryview(member(f"{key}.x"))), key
+        assert matches(cut, member(f"{key}.x")), key
     for name in ("k" * 98 + ".x", "__k/a.x", "k/__a.x", "k/a.b.x", "k/.x", ".x", "k/a.y", "k/é.x"):
-        assert not known.match(memoryview(member(name))), name
+        assert not matches(cut, member(name)), name
 
 
 @pytest.mark.parametrize("mode", [b"0000644\0", bytes(8)])
@@ -136,17 +161,24 @@ def test_a_name_that_fills_its_field_is_read_like_any_other(mode):
     block = bytearray(header(b"a." + b"x" * 98, 0))
     block[100:108] = mode
     cut = Cutter()
-    for _ in range(2):
+    for _ in range(3):
         assert list(cut(memoryview(bytes(block)))) == ["x" * 98]
+    assert not cut._known
 
 
 def test_a_name_in_two_parts_takes_no_short_cut():
     """POSIX's prefix may make a member of no sample out of one whose name alone would be one's."""
     usual, hidden = member("a.x") + member("a.y"), member("a.x") + member("a.y", prefix=b"__meta__")
-    cut = Cutter()
-    assert list(cut(memoryview(usual))) == ["x", "y"]
-    (known,) = cut._known.values()
-    assert not known.match(memoryview(hidden))
+    cut = learnt(usual)
+    assert not matches(cut, hidden)
     assert list(cut(memoryview(hidden))) == ["x"]
     gnu = member("a.x", magic=b"ustar  \0", prefix=b"12345") + member("a.y")  # there it is no part of the name
-    assert known.match(memoryview(gnu))
+    assert matches(cut, gnu)
+
+
+@pytest.mark.parametrize("size", [513, 600, 1023])
+def test_a_member_that_ends_beyond_its_sample_is_damage(size):
+    """What is known of plain headers does not read on."""
+    for cut in (Cutter(), learnt(member("b.x", b"1" * 512))):
+        with pytest.raises(Truncated):
+            cut(memoryview(member("a.x", b"1" * 512))[:size])
