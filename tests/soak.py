@@ -39,7 +39,7 @@ from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
 BATCH, STEPS_PER_FAULT = 16, 100
 FURTHER = 24  # steps, at most, that a run goes after it has come back before it is hit again
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 600  # a lost node costs two starts, and a busy machine minutes for each
 RUN = [
     "experiment=digits", *SMALL, "strategy=zero2", "callbacks.evaluate=null", "ema=several", "data.num_workers=1",
     f"callbacks.checkpoint.every_n_images={8 * BATCH}", "allowed_targets=[spies]",
@@ -231,4 +231,6 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cluster is taken down then
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts with &
     sys.exit(main(sys.argv[1:]))
