@@ -107,17 +107,16 @@ class Decoder:
         rows: Sequence[int] = range(len(draws.numbers))
         if read_block is not None:
             rows = self._fill_blocks(rows, arrays, objects, draws, read_block)
-        while True:
+        while rows:
             for row in rows:
                 self._fill_row(row, into, objects, draws.of(row), read, failed)
             found: dict[int, Damage] = {}
             for field, array in zip(self._arrays, arrays, strict=True):
                 found = {**field.damaged(array), **found}
             rows = sorted(found)
-            if not rows:
-                return objects
             for row in rows:
                 failed(row, found[row])
+        return objects
 
     def _fill_blocks(self, rows, arrays, objects, draws, read_block) -> list[int]:
         """Returns the rows that are left to be read one by one, as something in their block is damaged."""
@@ -135,6 +134,8 @@ class Decoder:
         try:
             for field, array in zip(self._arrays, arrays, strict=True):
                 field.decode_all(block.column(field.extensions), array[rows], draws)
+                if field.damaged(array[rows]):
+                    return False
             for name, field in self._objects.items():
                 objects[name][rows] = field.decode_all(block.column(field.extensions), None, draws)
         except Damage:
