@@ -8,14 +8,14 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from diffusion_trainer.process.levels import Level, levels
-from diffusion_trainer.process.variances import Estimate, ReverseStep
+from diffusion_trainer.process.variances import Estimate, FixedSmall, ReverseStep
 from diffusion_trainer.sampling.solvers import Solver
 
 
 class _Plan(NamedTuple):
     level: Level
     step: ReverseStep
-    variance: Callable[[Estimate], float | Tensor]  # Var[x_0 | x_t]
+    variance: Callable[[Estimate], float | Tensor] | None  # Var[x_0 | x_t]; None: a step without noise
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,17 @@ class DDIM(Solver):
         return self.eta == 0
 
     def plan(self, schedule, times, variance):
+        quiet = self.eta == 0 and variance == FixedSmall()
         return [
-            _Plan(t, ReverseStep.of(t, s, self.eta), variance.at(t, s)) for t, s in pairwise(levels(schedule, times))
+            _Plan(t, ReverseStep.of(t, s, self.eta), None if quiet else variance.at(t, s))
+            for t, s in pairwise(levels(schedule, times))
         ]
 
     def step(self, denoise, x, plan, state, noise):
         estimate = denoise(x, plan.level)
         mean = estimate.combined(plan.step.of_x_t, x, plan.step.of_x_0)
+        if plan.variance is None:
+            return mean, state
         variance = plan.step.variance(plan.variance(estimate))
         if isinstance(variance, Tensor):
             return mean + variance.to(x.dtype).sqrt() * noise(), state

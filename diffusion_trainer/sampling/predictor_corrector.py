@@ -56,11 +56,16 @@ class PredictorCorrector(Solver):
     variance, and since eps depends on x and z one of 4 / D with D dimensions; it is meant for images, not for points.
     """
 
-    predictor: Solver
+    predictor: Solver  # not UniPC
     corrector_steps: int = 1
     signal_to_noise: float = 0.16
 
     def __post_init__(self):
+        if self.predictor.keeps_x:
+            raise ValueError(
+                f"predictor must not be {type(self.predictor).__name__}, which takes its last step again and so "
+                "undoes the corrector's; use DPMSolverPP2M"
+            )
         if self.corrector_steps < 1:
             raise ValueError(
                 f"corrector_steps must be at least 1, not {self.corrector_steps}; none at all is {self.predictor}"

@@ -76,7 +76,7 @@ class Sampler:
         estimates are not finite.
         """
         at, plan = self.plan(schedule, variance)
-        seen: list[Estimate] = []
+        seen: list[Estimate | None] = [None]
         denoise = self._denoise(denoiser, condition, seen)
         x, state = at[0].sigma * x_T, self.solver.init()
         for i, step in enumerate(plan):
@@ -110,20 +110,20 @@ class Sampler:
         times = self.grid(schedule, self.num_steps)[:-1]
         times = times.flip(0) if encode else times
         at = levels(schedule, times)
-        denoise, state = self._denoise(denoiser, condition, []), self.solver.init()
+        denoise, state = self._denoise(denoiser, condition, [None]), self.solver.init()
         x = (at[0].alpha if encode else at[0].sigma) * start
         for step in self.solver.plan(schedule, times, FixedSmall()):
             x, state = self.solver.step(denoise, x, step, state, _no_noise)
         return at[-1], _finite(x, f"{_name(self.solver)} on {_name(schedule)}")
 
-    def _denoise(self, denoiser: Denoiser, condition: Tensor | None, seen: list[Estimate]) -> Denoise:
+    def _denoise(self, denoiser: Denoiser, condition: Tensor | None, seen: list[Estimate | None]) -> Denoise:
         bound = self.x_0_bound
 
         def denoise(x: Tensor, level: Level) -> Estimate:
             estimate = denoiser(x, level, condition)
             if bound is not None:
                 estimate = estimate.clipped(bound)
-            seen[:] = [estimate]
+            seen[0] = estimate
             return estimate
 
         return denoise

@@ -22,8 +22,8 @@ class Combination(NamedTuple):
 
     def __call__(self, x: Tensor, estimates: Sequence[Estimate]) -> Tensor:
         out = estimates[0].combined(self.of_x, x, self.weights[0])
-        for weight, estimate in zip(self.weights[1:], estimates[1:], strict=False):
-            estimate.added_to(out, weight)
+        for i in range(1, len(self.weights)):  # a third of the time of a loop over slices
+            estimates[i].added_to(out, self.weights[i])
         return out
 
 
@@ -35,6 +35,7 @@ class Solver(ABC):
 
     order: ClassVar[int]  # of the error in the step size; of the law's for stochastic solvers
     history: ClassVar[int] = 1  # how many estimates a step combines that earlier steps have made, and its own
+    keeps_x: ClassVar[bool] = False  # whether a step starts from an x of its state, whatever has moved x since
     uses_variance: ClassVar[bool] = False  # whether the reverse variance makes a difference
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.variances import Estimate
@@ -26,6 +26,7 @@ class UniPC(Solver):
     """
 
     predictor_order: int = 2
+    keeps_x: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.predictor_order not in (2, 3):

@@ -1,5 +1,6 @@
 """The network's denoiser: what it hands to the network, what it makes of the answer, and how often it computes."""
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -226,8 +227,17 @@ def test_split_serves_vectors_too():
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 9])
 def test_outputs_of_other_widths_are_refused(channels):
-    with pytest.raises(ValueError, match=rf"gave {channels} channels.*give 3 or 6"):
-        split(images(channels), images())
+    given = images(channels)
+    shape = re.escape(str(tuple(given.shape)))
+    with pytest.raises(ValueError, match=rf"gave {shape} for x_t .* one with 6 channels"):
+        split(given, images())
+
+
+@pytest.mark.parametrize("dimension", [0, 2, 3])
+def test_outputs_that_would_be_broadcast_are_refused(dimension):
+    for channels in (3, 6):
+        with pytest.raises(ValueError, match="the network gave"):
+            split(images(channels).narrow(dimension, 0, 1), images())
 
 
 def test_null_condition_is_the_networks_own():

@@ -97,6 +97,17 @@ def test_the_reverse_variance_makes_a_difference_to_the_sampler():
     assert not torch.allclose(small, large, atol=1e-3)
 
 
+@every_schedule
+def test_with_eta_0_too_the_reverse_variance_adds_its_noise(schedule):
+    """Analytic-DDIM: c^2 Var[x_0 | x_t] with c the coefficient of x_0_hat (Bao et al. 2022, theorem 1)."""
+    t, s = levels(schedule, TIMES)
+    x, x_0_hat, z = (Noise(5, seed=i)() for i in range(3))
+    added = step(DDIM(), schedule, x, x_0_hat, z, FixedLarge()) - step(DDIM(), schedule, x, x_0_hat, z)
+    c = s.alpha - s.sigma / t.sigma * t.alpha
+    of_x_0 = FixedLarge().at(t, s)(Estimate(x_0_hat))
+    assert_close(added, abs(c) * of_x_0**0.5 * z, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
 def test_eta_outside_0_to_1_is_refused(eta):
     with pytest.raises(ValueError, match="eta"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from cases import each
+from configured import SAMPLERS, by_solver
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser
 from options import built
 from oracle import Mixture
@@ -212,6 +213,27 @@ def test_a_corrected_ddim_serves_them():
     sampler = Sampler(PredictorCorrector(DDIM(0.0)), UniformTime(), 10, None)
     x = sampler(Pixels(MIXTURE), SCHEDULES["zero_terminal_snr"], FixedSmall(), PixelNoise(4)(), None, PixelNoise(4))
     assert x.isfinite().all()
+
+
+@each("sampler", by_solver(SAMPLERS))
+def test_what_the_corrector_does_outlives_the_next_step_or_the_predictor_is_refused(sampler):
+    if sampler.solver.keeps_x:
+        with pytest.raises(ValueError, match=f"predictor must not be {type(sampler.solver).__name__}"):
+            PredictorCorrector(sampler.solver)
+        return
+    num_steps = sampler.solver.history + 2
+    corrected = Sampler(PredictorCorrector(sampler.solver), UniformTime(), num_steps, None)
+
+    def second(first_noise):
+        noises, seen = iter([first_noise, *(Noise(3, seed=i)() for i in range(9 * num_steps))]), []
+        corrected(
+            lambda x, level, condition: Estimate(torch.zeros_like(x)),
+            *(SCHEDULES["linear"], FixedSmall(), Noise(3)(), None, lambda: next(noises)),
+            lambda i, x, x_0_hat: seen.append(x),
+        )
+        return seen[1]
+
+    assert (second(Noise(3, seed=1)()) - second(Noise(3, seed=2)())).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("wrong", [{"corrector_steps": 0}, {"signal_to_noise": 0.0}], ids=str)

@@ -12,16 +12,17 @@ import torch
 from cases import each
 from configured import SAMPLERS, SCHEDULES, SCORE_STEPS, by_solver, every_schedule, fewest, for_measuring, served
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser
-from solving import drawn, errors_of, law, slope, unbounded
+from solving import Noise, drawn, errors_of, law, slope, unbounded
 from torch.testing import assert_close
 
 from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.schedules import EDM, RectifiedFlow
-from diffusion_trainer.process.variances import FixedSmall
+from diffusion_trainer.process.variances import Estimate, FixedSmall
 from diffusion_trainer.sampling.adaptive import DormandPrince
 from diffusion_trainer.sampling.pndm import IPNDM, PNDM
 from diffusion_trainer.sampling.predictor_corrector import PredictorCorrector
 from diffusion_trainer.sampling.runge_kutta import Midpoint
+from diffusion_trainer.sampling.solvers import Combination
 
 SOLVERS = by_solver(SAMPLERS)
 DETERMINISTIC = {
@@ -120,6 +121,16 @@ def test_order_holds_from_a_noisy_end_without_any_signal(sampler):
 def test_solvers_that_draw_noise_do_not_encode(sampler):
     with pytest.raises(ValueError, match="draws noise"):
         replace(sampler, num_steps=4).encode(ExactDenoiser(GAUSSIAN), SCHEDULES["cosine"], torch.zeros(1, 2), None)
+
+
+def test_a_combination_leaves_estimates_without_a_weight_and_wants_one_for_each_weight():
+    x, *x_0_hats = (Noise(3, seed=i)() for i in range(4))
+    combination, estimates = Combination(0.5, (2.0, -3.0)), [Estimate(x_0_hat) for x_0_hat in x_0_hats]
+    expected = 0.5 * x + 2 * x_0_hats[0] - 3 * x_0_hats[1]
+    for at_hand in (estimates[:2], estimates):
+        assert_close(combination(x, at_hand), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(IndexError):
+        combination(x, estimates[:1])
 
 
 @each("sampler", SAMPLERS)
