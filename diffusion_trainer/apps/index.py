@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from webdataset.shardlists import expand_urls
-
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import Schema
 from diffusion_trainer.conventions import UserError
@@ -17,7 +15,7 @@ from diffusion_trainer.streaming.indexing import Report, index
 from diffusion_trainer.streaming.remote import Gone, Remote
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.sites import RemoteSite, Site
-from diffusion_trainer.streaming.urls import is_pipe, is_url
+from diffusion_trainer.streaming.urls import expanded, is_pipe, is_url
 
 SAY_EVERY_SECONDS = 5
 BESIDE = (OFFSETS, CHECKSUMS, SIZES)  # what an index has made
@@ -55,7 +53,7 @@ def files(patterns: Sequence[str]) -> list[Path]:
         raise UserError(ASK)
     found: dict[Path, None] = {}
     for pattern in patterns:
-        for name in expand_urls(pattern):
+        for name in expanded(pattern):
             name = f"{name.rstrip('/')}/*.tar" if Path(name).is_dir() else name
             there = (Path(p) for p in sorted(glob.glob(name, recursive=True)))
             matching = [p for p in there if p.is_file() and p.name != INDEX and p.suffix not in BESIDE]
@@ -81,7 +79,7 @@ def sites(patterns: Sequence[str], config: dict) -> list[Path | Site]:
             continue
         if is_pipe(pattern):
             raise UserError(f"{pattern}: the output of a command has no place for an index; give a path or a URL")
-        for url in expand_urls(pattern):
+        for url in expanded(pattern):
             urls = remote.glob(url) if "*" in url else [url]
             found += [RemoteSite(each, remote, retries, out) for each in urls]
             if not urls:

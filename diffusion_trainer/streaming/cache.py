@@ -21,9 +21,9 @@ from diffusion_trainer.streaming.locks import locked
 from diffusion_trainer.streaming.remote import FULL
 
 AT_ONCE = 16  # a full cache loses at least a sixteenth: who keeps a million small pieces does not list them for each
-
 FULL_TRIES = 20
 POLL_SECONDS = 0.02
+AHEAD_NS = 60 * 10**9  # a clock may be that wrong
 RELEASE_SECONDS = 2.0  # twice what a reader takes to close files of removed entries (files.py)
 
 Fetch = Callable[[Path], None]  # fills a file
@@ -234,12 +234,13 @@ def _add(accounts: int, change: int) -> None:
 
 
 def _listed(folder: Path) -> Iterator[tuple[int, int, Path]]:
-    """Last use, bytes and path of each file."""
+    """Last use, bytes and path of each file. What a wrong clock dated in the future comes first, or it would stay."""
     with os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 found = entry.stat()
-                yield found.st_mtime_ns, found.st_size, Path(entry.path)
+                last = found.st_mtime_ns
+                yield last if last < time.time_ns() + AHEAD_NS else 0, found.st_size, Path(entry.path)
 
 
 def touch(descriptor: int) -> None:

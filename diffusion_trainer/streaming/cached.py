@@ -1,25 +1,24 @@
 """Shards at URLs, through a cache on this node."""
 
-import fnmatch
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec.asyn
-from webdataset.shardlists import expand_urls
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import Truncated
 from diffusion_trainer.streaming.fetching import Part
 from diffusion_trainer.streaming.files import Files
 from diffusion_trainer.streaming.files import pieces as pieces_of
-from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index, read_index
+from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index
 from diffusion_trainer.streaming.remote import Gone, Remote, read
-from diffusion_trainer.streaming.retries import Retries
-from diffusion_trainer.streaming.stores import LocalStore, Store
-from diffusion_trainer.streaming.urls import Location, is_pipe, is_url, located
+from diffusion_trainer.streaming.retries import Retries, Sick
+from diffusion_trainer.streaming.stores import LocalStore, Store, is_glob, matching
+from diffusion_trainer.streaming.urls import Location, expanded, is_pipe, is_url, located
 
 WITNESSES = 4  # shards that are asked for to see whether a store is up
 
@@ -90,8 +89,8 @@ class CachedStore(Store):
     def find(self, pattern: str) -> list[Shard]:
         if not is_url(pattern):
             return self._local.find(pattern)
-        indexes: dict[str, dict[str, Shard]] = {}
-        found = [shard for url in expand_urls(pattern) for shard in self._matching(url, indexes)]
+        indexes: dict[Location, dict[str, Shard]] = {}
+        found = [shard for url in expanded(pattern) for shard in self._matching(url, indexes)]
         if self.piece_bytes is None:
             largest = max(found, key=lambda shard: shard.size)
             if largest.size > self.cache_bytes:
@@ -101,21 +100,17 @@ class CachedStore(Store):
                 )
         return found
 
-    def _matching(self, url: str, indexes: dict[str, dict[str, Shard]]) -> list[Shard]:
+    def _matching(self, url: str, indexes: dict[Location, dict[str, Shard]]) -> list[Shard]:
         """The index alone says which shards there are: http cannot list, and listing s3 takes minutes."""
         self._check_pipe(url)
         place, found = located(url), []
         for folder in self._folders(place):
-            index = place._replace(folder=folder).beside(INDEX)
-            if index not in indexes:
-                indexes[index] = self._index(index)
-                first = sorted(indexes[index])[:WITNESSES]
-                self._some[folder] = [place._replace(folder=folder).beside(name) for name in first]
-            listed = indexes[index]
-            names = fnmatch.filter(listed, place.name) if _is_glob(place.name) else [place.name]
-            found += [
-                replace(listed[n], url=place._replace(folder=folder).beside(n)) for n in sorted(names) if n in listed
-            ]
+            around = Location(place.before, folder, INDEX, place.after)
+            listed = indexes.get(around)
+            if listed is None:
+                listed = indexes[around] = self._index(around)
+                self._some[folder] = [around.beside(name) for name in sorted(listed)[:WITNESSES]]
+            found += [listed[name] for name in matching(listed, place.name)]
         if not found:
             raise UserError(f"shards: no index names {url}; make it where the shards are: diffusion-trainer index")
         return found
@@ -124,29 +119,34 @@ class CachedStore(Store):
         if is_pipe(url):
             if not self.allow_pipe:
                 raise UserError(f"shards: {url} runs a shell command; set data.store.allow_pipe=true to have that")
-            if self.piece_bytes is not None or _is_glob(located(url).name):  # names of an index stay out of a shell
+            if self.piece_bytes is not None or is_glob(located(url).name):  # names of an index stay out of a shell
                 raise UserError(f"shards: {url}: of a command, name whole shards (piece_bytes=null), no *")
 
     def _folders(self, place: Location) -> list[str]:
-        if place.before or not _is_glob(place.folder):
+        if place.before or not is_glob(place.folder):
             return [place.folder]
-        return [f"{found.rstrip('/')}/" for found in self._remote.glob(place.folder.rstrip("/"))]
+        found = self._remote.glob(place.folder.rstrip("/"))
+        return [f"{folder.rstrip('/')}/" for folder in found] or [place.folder]  # its name only looks like a pattern
 
-    def _index(self, url: str) -> dict[str, Shard]:
+    def _index(self, place: Location) -> dict[str, Shard]:
+        """By their names, all shards of an index."""
+        url, before = "".join(place), place.before + place.folder
+        parse = partial(parse_index, before=before, after=place.after)
         if self.index is not None:
-            return {shard.url: shard for shard in self._index_here(Path(self.index) / INDEX)}
-        try:
-            listed = read(self._remote, self._retries, url, lambda data: parse_index(data, url))
-        except Gone as gone:
-            raise UserError(
-                f"shards: {url} is not there; make it (diffusion-trainer index), where the shards are, or in a folder "
-                "(out=...) for data.store.index"
-            ) from gone
-        return {shard.url: shard for shard in listed}
+            listed = self._index_here(Path(self.index) / INDEX, parse)
+        else:
+            try:
+                listed = read(self._remote, self._retries, url, lambda data: parse(_no_page(data), url))
+            except Gone as gone:
+                raise UserError(
+                    f"shards: {url} is not there; make it (diffusion-trainer index), where the shards are, or in a "
+                    "folder (out=...) for data.store.index"
+                ) from gone
+        return {shard.url[len(before) : len(shard.url) - len(place.after)]: shard for shard in listed}
 
-    def _index_here(self, path: Path) -> list[Shard]:
+    def _index_here(self, path: Path, parse: Callable[[bytes, str], list[Shard]]) -> list[Shard]:
         try:
-            return read_index(path)
+            return parse(path.read_bytes(), str(path))
         except OSError as error:
             raise UserError(
                 f"data.store.index: {path} cannot be read ({error.strerror}); diffusion-trainer index <shards> out=... "
@@ -178,5 +178,8 @@ class CachedStore(Store):
         return [other for other in self._some.get(place.folder, ()) if other != url]
 
 
-def _is_glob(name: str) -> bool:
-    return any(letter in name for letter in "*?[")
+def _no_page(data: bytes) -> bytes:
+    """Sick for the message of a proxy, which may be the same for an hour: no JSON begins like HTML."""
+    if data.lstrip().startswith(b"<"):
+        raise Sick(f"no index: {len(data)} bytes came that begin with {data[:40]!r}")
+    return data

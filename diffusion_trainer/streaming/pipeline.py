@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import DataPipeline, ResampledShards, shuffle, tarfile_to_samples
-from webdataset.shardlists import expand_urls
 
 from diffusion_trainer.conventions import UserError, seed_of
 from diffusion_trainer.streaming.base import Data
@@ -18,6 +17,7 @@ from diffusion_trainer.streaming.damage import BadArchive, Damage, Found, Hopele
 from diffusion_trainer.streaming.fields import Draws, Field
 from diffusion_trainer.streaming.loader import Filled, Layout, Loader, Piece, Stop
 from diffusion_trainer.streaming.ring import Ring
+from diffusion_trainer.streaming.urls import expanded
 
 MAX_BAD = 1000  # failures in a row, of samples or shards
 NOWHERE = -1  # the number of a sample that has no place in an index
@@ -50,7 +50,7 @@ class WebDatasetPipeline(Data):
     @property
     def urls(self) -> list[str]:
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
-        return [url for pattern in patterns for url in expand_urls(pattern)]
+        return [url for pattern in patterns for url in expanded(pattern)]
 
     @property
     def fingerprint(self) -> None:

@@ -14,11 +14,11 @@ from fsspec.callbacks import Callback
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming import pipes
+from diffusion_trainer.streaming.backends import EXTRAS, options_of
 from diffusion_trainer.streaming.retries import Result, Retries, Sick, Twice
 from diffusion_trainer.streaming.urls import is_pipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk of this machine
-EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of our package
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}  # botocore's, Google's
 MAX_QUOTED = 300  # characters of somebody else's message
 
@@ -70,6 +70,12 @@ class Remote:
         with _translated(url):
             return system.cat_file(name, start=first, end=last)
 
+    def put(self, url: str, data: bytes) -> None:
+        """Writes the object; NotImplementedError where the store takes none."""
+        system, name = self._system(url)
+        with _translated(url), system.open(name, "wb") as file:
+            file.write(data)
+
     def size(self, url: str) -> int | None:
         """Bytes of the object; None where the store does not tell."""
         if is_pipe(url):
@@ -100,9 +106,8 @@ class Remote:
     def _system(self, url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         """fsspec's file system, which it keeps (a forked process gets its own), and the object's name in it."""
         protocol = url.partition("://")[0]
-        defaults = DEFAULTS.get(protocol, lambda seconds: {})
         try:
-            options = _merged({"use_listings_cache": False, **defaults(self.timeout_seconds)}, self.storage_options)
+            options = options_of(protocol, self.timeout_seconds, self.storage_options)
             with _translated(url):
                 return fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
@@ -146,38 +151,6 @@ def is_there(remote: Remote, retries: Retries, url: str) -> bool:
     return retries(url, attempt)
 
 
-def _aiohttp(seconds: float) -> dict[str, Any]:
-    from aiohttp import ClientTimeout  # may not be installed
-
-    # The default is a total of five minutes, which large shards on slow lines exceed.
-    return {"timeout": ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds), "trust_env": True}
-
-
-def _botocore(seconds: float) -> dict[str, Any]:
-    # s3fs tries five times, which suffices: botocore's own five in each of them would be hours of silence.
-    return {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 0}}
-
-
-DEFAULTS: Mapping[str, Callable[[float], dict[str, Any]]] = {  # each backend has its own name for the timeout
-    **dict.fromkeys(
-        ("http", "https"),
-        lambda s: {"client_kwargs": {**_aiohttp(s), "headers": {"Accept-Encoding": "identity"}}},
-    ),
-    **dict.fromkeys(("s3", "s3a"), lambda s: {"config_kwargs": _botocore(s)}),
-    **dict.fromkeys(("gs", "gcs"), lambda s: {"session_kwargs": _aiohttp(s)}),
-}
-
-
-def _merged(defaults: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The chosen options win, inside of options that are mappings, too."""
-    both = {
-        key: {**defaults[key], **chosen[key]}
-        for key in defaults.keys() & chosen.keys()
-        if isinstance(defaults[key], Mapping)
-    }
-    return {**defaults, **chosen, **both}
-
-
 @dataclass
 class _Counted:
     write: Callable[[bytes], Any]
@@ -211,7 +184,7 @@ def _check(count: int, at_most: int) -> None:
 def _translated(url: str) -> Iterator[None]:
     try:
         yield
-    except (Sick, UserError, ImportError):
+    except (Sick, UserError, ImportError, NotImplementedError):
         raise
     except Exception as error:  # the backends' exceptions have no other base in common
         if isinstance(error, OSError) and error.errno in FULL:

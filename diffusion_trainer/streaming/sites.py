@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
-
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.index import INDEX, MAX_SHARD, Shard, locked, parse_index, serialized
 from diffusion_trainer.streaming.locks import remove_left, replace_file
 from diffusion_trainer.streaming.remote import Gone, Remote, read
-from diffusion_trainer.streaming.retries import Retries
+from diffusion_trainer.streaming.retries import Retries, Sick
 from diffusion_trainer.streaming.urls import located
 
 
@@ -150,9 +148,10 @@ class RemoteSite(Site):
             return replace_file(self.out / name, data)
         url = located(self.url).beside(name)
         try:
-            with fsspec.open(url, "wb", **self.remote.storage_options) as file:
-                file.write(data)
-        except (OSError, NotImplementedError, ValueError) as error:
+            self.retries(url, lambda: self.remote.put(url, data))
+        except PassingError:
+            raise
+        except (UserError, Gone, OSError, NotImplementedError) as error:
             raise UserError(
                 f"{url} cannot be written ({type(error).__name__}: {error}); write the index to a folder, out=..., and "
                 "train with data.store.index=... that folder, or copy its files to where the shards are"
@@ -175,5 +174,12 @@ class RemoteSite(Site):
     def local(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="index-") as folder:
             path = Path(folder) / "shard.tar"
-            self.retries(self.url, lambda: self.remote.get(self.url, path, MAX_SHARD))
+            self.retries(self.url, lambda: self._fetch(path))
             yield path
+
+    def _fetch(self, path: Path) -> None:
+        """Half of a shard, or a proxy's page, would be indexed as a damaged one."""
+        self.remote.get(self.url, path, MAX_SHARD)
+        size, came = self.remote.size(self.url), path.stat().st_size
+        if size not in (came, None):
+            raise Sick(f"{came} bytes came where the object has {size}")

@@ -7,16 +7,15 @@ import resource
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
-
-from webdataset.shardlists import expand_urls
 
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import MissingShard, Truncated
-from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, read_index
+from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, parse_index
 from diffusion_trainer.streaming.retries import AGAIN
+from diffusion_trainer.streaming.urls import expanded
 
 MAX_OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # files of one process
 
@@ -86,8 +85,12 @@ class LocalStore(Store):
             raise UserError(
                 f"shards: {pattern} is not a local path; use data=remote data.store.cache=<a folder on this node>"
             )
-        listed = cache(folders)  # braces may name a hundred thousand of one
-        return [shard for name in expand_urls(pattern) for shard in _matching(Path(name), listed)]
+        listed = cache(lambda folder: folders(Path(folder)))  # braces may name a hundred thousand of one
+        names = expanded(pattern)
+        try:
+            return [shard for name in names for shard in _matching(name, listed)]
+        except OSError as error:
+            raise ill(pattern, error) from error
 
     def sidecar(self, shard: Shard, suffix: str) -> bytes:
         try:
@@ -103,41 +106,69 @@ class LocalStore(Store):
 
 
 class Folder:
-    """What lies in a folder of shards and what its index has, listed once for any number of patterns."""
+    """What lies in a folder of shards and what its index has, listed once for any number of patterns.
+
+    indexed: by name, the url being the path. No shard is looked at: a set may have a hundred thousand.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
-        listed = read_index(path / INDEX) if (path / INDEX).is_file() else []
-        self.indexed = {shard.url: shard for shard in listed}
-        self.there = {name for name in os.listdir(path) if not name.endswith((OFFSETS, CHECKSUMS, SIZES))}
+        self.path, self.indexed = path, _indexed(path)
+        self._names = set(os.listdir(path))
+
+    @cached_property
+    def there(self) -> set[str]:
+        return _without_sidecars(self._names)
+
+    @cached_property
+    def new(self) -> set[str]:
+        """What is there and not in the index."""
+        return _without_sidecars(self._names - self.indexed.keys())
 
     def shard(self, name: str) -> Shard:
-        """Of the index, its url being the path."""
-        return replace(self.indexed[name], url=str(self.path / name))
+        return self.indexed[name]
+
+
+def _indexed(path: Path) -> dict[str, Shard]:
+    index, before = path / INDEX, str(path / "_")[:-1]
+    listed = parse_index(index.read_bytes(), str(index), before) if index.is_file() else []
+    return {shard.url[len(before) :]: shard for shard in listed}
+
+
+def _without_sidecars(names: Iterable[str]) -> set[str]:
+    return {name for name in names if not name.endswith((OFFSETS, CHECKSUMS, SIZES))}
 
 
 def folders(path: Path) -> list[Folder]:
     """Those that a path or glob names, in order."""
-    return [Folder(p) for p in sorted([path] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True)))]
+    named = [path] if path.is_dir() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+    return [Folder(p) for p in sorted(named) if p.is_dir()]  # `**` names files, too
+
+
+def is_glob(name: str) -> bool:
+    return any(letter in name for letter in "*?[")
 
 
 def matching(names: Collection[str], pattern: str) -> list[str]:
     """Those that a name or glob names, in order."""
-    if any(letter in pattern for letter in "*?["):
+    if is_glob(pattern):
         return sorted(fnmatch.filter(names, pattern))
     return [pattern] if pattern in names else []
 
 
-def _matching(path: Path, listed: Callable[[Path], list[Folder]]) -> list[Shard]:
+def _matching(pattern: str, listed: Callable[[str], list[Folder]]) -> list[Shard]:
+    before, slash, last = pattern.rpartition("/")
     found: list[Shard] = []
-    for folder in listed(path.parent):
-        names = matching(folder.indexed, path.name)
-        new = set(matching(folder.there, path.name)).difference(names)
+    for folder in listed(before + slash):
+        names = matching(folder.indexed, last)
+        new = [] if names == [last] else matching(folder.new, last)
         if new:
-            _check_names_files(path)
-            raise UserError(f"shards: {folder.path / min(new)} has no index; make it: diffusion-trainer index '{path}'")
-        found += map(folder.shard, names)
+            _check_names_files(Path(pattern))
+            raise UserError(
+                f"shards: {folder.path / new[0]} has no index; make it: diffusion-trainer index '{Path(pattern)}'"
+            )
+        found += [folder.indexed[name] for name in names]
     if not found:
+        path = Path(pattern)
         _check_names_files(path)
         raise UserError(
             f"shards: no file matches {path} (looked in {path.absolute().parent}). "

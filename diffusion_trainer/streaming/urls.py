@@ -4,9 +4,12 @@ import re
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from webdataset.shardlists import expand_urls
+
 from diffusion_trainer.conventions import UserError
 
 PIPE = "pipe:"
+_MORE = re.compile("[?#@]")
 _TAR = re.compile(r"([^\s'\"]*/)?([^\s'\"/]+\.tar)(?=['\"\s]|$)")
 
 
@@ -23,6 +26,14 @@ class Location(NamedTuple):
         return "".join(self._replace(name=name))
 
 
+def expanded(pattern: str) -> list[str]:
+    """What braces name, in order, as webdataset reads them; UserError for braces that do not close."""
+    try:
+        return expand_urls(pattern)
+    except ValueError as error:
+        raise UserError(f"shards: {pattern}: a brace has no partner; write for example x-{{000..099}}.tar") from error
+
+
 def is_pipe(url: str) -> bool:
     return url.startswith(PIPE)
 
@@ -35,15 +46,20 @@ def located(url: str) -> Location:
     """UserError for what cannot name a shard."""
     if is_pipe(url):
         return _in_command(url)
+    if _MORE.search(url):  # to split each of a hundred thousand takes as long as all else
+        _check_secrets(url)
+    folder, slash, name = url.rpartition("/")
+    return Location("", folder + slash, name, "")
+
+
+def _check_secrets(url: str) -> None:
+    """They would stand in logs and in the damage report, and a signature that changes would change the fingerprint."""
     parts = urlsplit(url)
     if parts.scheme in ("http", "https") and (parts.query or parts.fragment or "@" in parts.netloc):
-        # They would stand in logs and in the damage report, and a signature that changes would change the fingerprint.
         raise UserError(
             f"{parts.scheme}://{parts.hostname}{parts.path}: a shard's URL must end with its name and hold no password "
             "or signature (?...); give these as storage_options={headers: {Authorization: ...}}"
         )
-    folder, slash, name = url.rpartition("/")
-    return Location("", folder + slash, name, "")
 
 
 def _in_command(url: str) -> Location:
