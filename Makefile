@@ -4,7 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart test check lint format clean
+# Of tests/: whole tables of ways to run and to die, some minutes each; and what measures time, or has the one cluster.
+MATRICES := tests/apps/test_hangs.py tests/apps/test_killed_runs.py tests/apps/test_ledger.py \
+  tests/training/test_elastic_matrix.py tests/training/test_guarded_runs.py tests/training/test_one_trajectory.py \
+  tests/training/test_precision_runs.py
+SERIAL := tests/slurm tests/benchmarks
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help setup quickstart test matrices slurm check lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,15 +30,20 @@ quickstart: $(READY)  ## train, sample and score a diffusion model of handwritte
 	@$(BIN)/python data/digits.py --out shards/digits
 	@$(BIN)/diffusion-trainer train experiment=digits
 
-check: $(READY) lint  ## the fast tests (2.5 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -n logical -m "not slow and not gpu"
+check: $(READY) lint  ## the fast tests (2 minutes on 2 cores)
+	@$(PYTEST) -n logical -m "not slow and not gpu"
 
-test: $(READY) lint  ## all tests
-	@$(BIN)/python -m pytest -q -n logical -m "not slow"
-	@$(BIN)/python -m pytest -q -n logical -m slow tests/test_combinations.py
-	@$(BIN)/python -m pytest -q -n logical --dist loadfile -m slow \
-	  --ignore tests/test_combinations.py --ignore tests/slurm --ignore tests/benchmarks
-	@$(BIN)/python -m pytest -q -m slow tests/slurm tests/benchmarks  # these measure, or have one cluster
+test: $(READY) lint  ## what to run before pushing: the fast tests, and most that train (20 minutes on 2 cores)
+	@$(PYTEST) -n logical -m "not slow"
+	@$(PYTEST) -n logical -m slow tests/test_combinations.py
+	@$(PYTEST) -n logical --dist loadfile -m slow \
+	  $(addprefix --ignore=,tests/test_combinations.py $(MATRICES) $(SERIAL))
+
+matrices: $(READY)  ## the tests of every way to run, to stop and to resume
+	@$(PYTEST) -n logical --dist loadfile -m slow $(MATRICES)
+
+slurm: $(READY)  ## the tests that start a SLURM on this machine, and those that measure, one by one
+	@$(PYTEST) -m slow $(SERIAL)
 
 lint: $(READY)  ## style and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

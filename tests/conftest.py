@@ -1,15 +1,21 @@
 """Shared by all tests: the digits, and the console command as a user runs it."""
 
-import copy
+import fcntl
+import gc
 import importlib.util
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from diffusion_trainer.apps import config
 
@@ -23,6 +29,13 @@ SMALL = [
 ]  # fmt: skip
 
 
+def pytest_collection_finish(session):
+    """What is imported, and some 4,000 items, stay: no full collection of garbage need look through them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
@@ -30,17 +43,26 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def composed_once():
-    """Hydra takes a tenth of a second to compose conf/, and a session asks for the same again and again."""
-    known, compose = {}, config._compose
+    """Hydra takes a tenth of a second to compose conf/, a third of it to read 30 files, and milliseconds to parse an
+    override; a session asks for the same again and again. (Unpickling takes a fifth of the time of a deep copy.)"""
 
-    def once(verb: str, overrides: list[str]):
-        key = (config.CONF, verb, *overrides)
-        if key not in known:
-            known[key] = compose(verb, overrides)
-        return copy.deepcopy(known[key])
+    def once(function, key):
+        known = {}
+
+        def remembering(*arguments):
+            asked = key(*arguments)
+            if asked not in known:
+                known[asked] = pickle.dumps(function(*arguments))
+            return pickle.loads(known[asked])
+
+        return remembering
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "_compose", once)
+        patch.setattr(config, "_compose", once(config._compose, lambda verb, given: (config.CONF, verb, *given)))
+        patch.setattr(OverridesParser, "parse_rule", once(OverridesParser.parse_rule, lambda self, *words: words))
+        load = ConfigRepository.load_config
+        load_once = once(load, lambda self, path: (path, *(source.path for source in self.sources)))
+        patch.setattr(ConfigRepository, "load_config", lambda self, config_path: load_once(self, config_path))
         yield
 
 
@@ -53,13 +75,30 @@ def recipe():
     return module
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that make(folder) has filled: one for all processes of the session. Not to be changed."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one who failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def digits(recipe, tmp_path_factory) -> Path:
-    """The folder that the recipe writes."""
-    out = tmp_path_factory.mktemp("shards") / "digits"
-    report = recipe.write(out)
-    (out / "digits.json").write_text(json.dumps(report))
-    return out
+    """The folder that the recipe writes. Not to be changed."""
+
+    def make(folder: Path) -> None:
+        report = recipe.write(folder / "digits")
+        (folder / "digits" / "digits.json").write_text(json.dumps(report))
+
+    return made_once(tmp_path_factory, "made-shards", make) / "digits"
 
 
 def command(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen:
@@ -98,13 +137,17 @@ def cli(workplace):
 
 @pytest.fixture(scope="session")
 def trained(digits, tmp_path_factory) -> Path:
-    """A folder with a finished run of one process, runs/digits. Not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "shards").mkdir()
-    (folder / "shards" / "digits").symlink_to(digits)
-    code, output = finish(command("train", "experiment=digits", *SMALL, "strategy=single", "num_images=32", cwd=folder))
-    assert code == 0, output
-    return folder
+    """A folder with a finished run of one process, runs/digits: this process's copy of it, which tests add to."""
+
+    def make(folder: Path) -> None:
+        (folder / "shards").mkdir()
+        (folder / "shards" / "digits").symlink_to(digits)
+        arguments = ["train", "experiment=digits", *SMALL, "strategy=single", "num_images=32"]
+        code, output = finish(command(*arguments, cwd=folder))
+        assert code == 0, output
+
+    made = made_once(tmp_path_factory, "made-trained", make)
+    return shutil.copytree(made, tmp_path_factory.mktemp("trained") / "copy", symlinks=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """Closed-form truth for diffusion tests: Gaussian-mixture data under x_t = alpha * x_0 + sigma * eps.
 
 No schedule lives here: alpha and sigma are arguments, 0-dim or (B,), and every result is float64.
-Component k of the data is N(m_k, S_k), so x_t given k is N(alpha m_k, C_k) with C_k = alpha^2 S_k + sigma^2 I.
-All of it is finite for sigma > 0, point masses (S_k = 0) included.
+Component k of the data is N(m_k, S_k), so x_t given k is N(alpha m_k, C_k) with C_k = alpha^2 S_k + sigma^2 I. Both
+have the eigenvectors V_k, and C_k has the eigenvalues alpha^2 s_k + sigma^2: nothing is factored for each x_t.
+Internal shapes are (K, B, D). All of it is finite for sigma > 0, point masses (S_k = 0) included.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,8 +43,8 @@ class Mixture:
     def sample(self, n, generator=None):
         """x_0 (n, D) and component (n,), by ancestral sampling; S_k^(1/2) by eigh, so S_k may be singular."""
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        values, vectors = torch.linalg.eigh(self.covariances)
-        root = vectors * values.clamp(min=0).sqrt()[:, None, :]
+        values, vectors = self._eigen
+        root = vectors * values.sqrt()
         x_0 = _noise_like(self.means[component], generator)
         for k in range(len(self.means)):
             x_0[component == k] = self.means[k] + x_0[component == k] @ root[k].T
@@ -70,18 +72,26 @@ class Mixture:
         """Cov[x_t] = alpha^2 Cov[x_0] + sigma^2 I, (D, D) or (B, D, D)."""
         return _diffused(self.covariance(), _trailing(alpha, 2), _trailing(sigma, 2))
 
-    def _components(self, x_t, alpha, sigma):
-        """Residual r_k = x_t - alpha m_k (B, K, D), C_k^-1 r_k (B, K, D), Cholesky factor of C_k ([B,] K, D, D)."""
-        residual = x_t[:, None, :] - _trailing(alpha, 2) * self.means
-        factor = torch.linalg.cholesky(_diffused(self.covariances, _trailing(alpha, 3), _trailing(sigma, 3)))
-        return residual, torch.cholesky_solve(residual[..., None], factor)[..., 0], factor
+    @cached_property
+    def _eigen(self):
+        """Eigenvalues s_k of S_k (K, 1, D), and eigenvectors V_k as columns (K, D, D)."""
+        values, vectors = torch.linalg.eigh(self.covariances)
+        return values.clamp(min=0)[:, None], vectors
+
+    def _along_eigenvectors(self, x_t, alpha, sigma):
+        """z_k = V_k^T (x_t - alpha m_k) (K, B, D), and its variances alpha^2 s_k + sigma^2 (K, 1 or B, D)."""
+        values, vectors = self._eigen
+        alpha, sigma = _trailing(alpha, 1), _trailing(sigma, 1)
+        return (x_t - alpha * self.means[:, None]) @ vectors, alpha**2 * values + sigma**2
 
     def log_joint(self, x_t, alpha, sigma):
         """log p(component, x_t) = log w_k + log N(x_t; alpha m_k, C_k), (B, K)."""
-        residual, solved, factor = self._components(x_t, alpha, sigma)
-        half_log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        normaliser = half_log_det + 0.5 * residual.shape[-1] * math.log(2 * math.pi)
-        return self.weights.log() - 0.5 * (residual * solved).sum(-1) - normaliser
+        return self._log_joint(*self._along_eigenvectors(x_t, alpha, sigma)).T
+
+    def _log_joint(self, z, variances):
+        normaliser = z.shape[-1] * math.log(2 * math.pi)
+        squares = (z**2 / variances + variances.log()).sum(-1)
+        return self.weights.log()[:, None] - 0.5 * (squares + normaliser)
 
     def log_density(self, x_t, alpha, sigma):
         """log p(x_t) = logsumexp_k log p(k, x_t), (B,)."""
@@ -93,37 +103,46 @@ class Mixture:
 
     def component_scores(self, x_t, alpha, sigma):
         """grad log p(x_t | k) = -C_k^-1 (x_t - alpha m_k), (B, K, D)."""
-        return -self._components(x_t, alpha, sigma)[1]
+        return self._scores(*self._along_eigenvectors(x_t, alpha, sigma)).transpose(0, 1)
+
+    def _scores(self, z, variances):
+        return -(z / variances) @ self._eigen[1].mT
 
     def score(self, x_t, alpha, sigma):
         """grad log p(x_t) = sum_k p(k | x_t) grad log p(x_t | k), (B, D)."""
-        args = x_t, alpha, sigma
-        return torch.einsum("bk,bkd->bd", self.responsibilities(*args), self.component_scores(*args))
+        z, variances = self._along_eigenvectors(x_t, alpha, sigma)
+        return (self._log_joint(z, variances).softmax(0)[..., None] * self._scores(z, variances)).sum(0)
 
     def classifier_score(self, x_t, alpha, sigma):
         """grad_{x_t} log p(k | x_t) = grad log p(x_t | k) - grad log p(x_t), (B, K, D): Bayes' rule."""
         return self.component_scores(x_t, alpha, sigma) - self.score(x_t, alpha, sigma)[:, None, :]
 
-    def _component_means(self, x_t, alpha, sigma):
-        """E[x_0 | x_t, k] = m_k + alpha S_k C_k^-1 (x_t - alpha m_k), (B, K, D): Gaussian conditioning."""
-        scores = self.component_scores(x_t, alpha, sigma)
-        return self.means - _trailing(alpha, 2) * torch.einsum("kij,bkj->bki", self.covariances, scores)
+    def _component_means(self, z, variances, alpha):
+        """E[x_0 | x_t, k] = m_k + alpha S_k C_k^-1 (x_t - alpha m_k), (K, B, D): Gaussian conditioning."""
+        values, vectors = self._eigen
+        return self.means[:, None] + _trailing(alpha, 1) * ((values / variances * z) @ vectors.mT)
 
     def denoise(self, x_t, alpha, sigma):
         """x_0_hat = E[x_0 | x_t] = sum_k p(k | x_t) E[x_0 | x_t, k], (B, D): Bayes' rule, not Tweedie's formula."""
-        args = x_t, alpha, sigma
-        return torch.einsum("bk,bkd->bd", self.responsibilities(*args), self._component_means(*args))
+        z, variances = self._along_eigenvectors(x_t, alpha, sigma)
+        means = self._component_means(z, variances, alpha)
+        if len(means) == 1:
+            return means[0]
+        return (self._log_joint(z, variances).softmax(0)[..., None] * means).sum(0)
 
     def posterior_covariance(self, x_t, alpha, sigma):
         """Cov[x_0 | x_t], (B, D, D), by total covariance over k; Cov[x_0 | x_t, k] is free of x_t.
 
         S - alpha^2 S C^-1 S = sigma^2 C^-1 S (Gaussian conditioning); the right side has no cancellation.
         """
-        factor = self._components(x_t, alpha, sigma)[2]
-        within = _trailing(sigma, 3) ** 2 * torch.cholesky_solve(self.covariances.expand_as(factor), factor)
-        centred = self._component_means(x_t, alpha, sigma) - self.denoise(x_t, alpha, sigma)[:, None, :]
+        values, vectors = self._eigen
+        z, variances = self._along_eigenvectors(x_t, alpha, sigma)
+        within = _trailing(sigma, 1) ** 2 * values / variances
+        within = (vectors[:, None] * within[:, :, None]) @ vectors.mT[:, None]
+        means, weights = self._component_means(z, variances, alpha), self._log_joint(z, variances).softmax(0)
+        centred = means - (weights[..., None] * means).sum(0)
         between = centred[..., :, None] * centred[..., None, :]
-        return torch.einsum("bk,bkij->bij", self.responsibilities(x_t, alpha, sigma), within + between)
+        return (weights[..., None, None] * (within + between)).sum(0)
 
     def optimal_variance(self, alpha_s, sigma_s, alpha_t, sigma_t, n=10_000, generator=None, lambda_squared=None):
         """Optimal isotropic variance of p(x_s | x_t), 0-dim: Analytic-DPM (Bao et al. 2022), Theorem 1.
@@ -150,7 +169,7 @@ class Mixture:
         """
         if len(self.weights) != 1:
             raise ValueError("the probability flow has a closed form for one Gaussian only")
-        values, vectors = torch.linalg.eigh(self.covariances[0])
+        values, vectors = (part[0] for part in self._eigen)
         var_t = _trailing(alpha_t, 1) ** 2 * values + _trailing(sigma_t, 1) ** 2
         var_s = _trailing(alpha_s, 1) ** 2 * values + _trailing(sigma_s, 1) ** 2
         z = (x_t - self.mean_t(alpha_t, sigma_t)) @ vectors

@@ -327,3 +327,24 @@ def test_gaussian_kl_matches_torch_distributions():
     var_1, var_2 = var_1.exp(), var_2.exp()
     truth = kl_divergence(Normal(mean_1, var_1.sqrt()), Normal(mean_2, var_2.sqrt())).sum(-1)
     assert_close(gaussian_kl(mean_1, var_1, mean_2, var_2), truth)
+
+
+def test_in_three_dimensions_it_is_gaussian_conditioning_too():
+    """Eigenvectors of two dimensions may be their own transpose; these are not."""
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
+    mixture = Mixture([0.4, 0.6], torch.randn(2, 3, generator=generator), root @ root.mT)
+    x_t, alpha, sigma = torch.randn(5, 3, generator=generator, dtype=torch.float64), torch.rand(5), torch.rand(5) + 0.1
+    for a, s in ((alpha, sigma), (alpha[:1].squeeze(), sigma[:1].squeeze())):
+        assert_close(mixture.log_density(x_t, a, s), torch.stack([
+            MixtureSameFamily(Categorical(mixture.weights), torch_components(mixture, u, v)).log_prob(x)
+            for x, u, v in zip(x_t, a.expand(5).double(), s.expand(5).double(), strict=True)
+        ]))  # fmt: skip
+        for k in range(2):
+            given, S = mixture.conditional(k), mixture.covariances[k]
+            for i, (u, v) in enumerate(zip(a.expand(5).double(), s.expand(5).double(), strict=True)):
+                gain = u * S @ torch.linalg.inv(u**2 * S + v**2 * torch.eye(3))
+                mean = mixture.means[k] + gain @ (x_t[i] - u * mixture.means[k])
+                assert_close(given.denoise(x_t, a, s)[i], mean)
+                assert_close(given.score(x_t, a, s)[i], (u * mean - x_t[i]) / v**2)
+                assert_close(given.posterior_covariance(x_t, a, s)[i], S - u * gain @ S)

@@ -130,16 +130,16 @@ def closed_bound(schedule, variance, num_steps, spread_of):
 
     spread_of: log-SNRs (K,) -> that error, (K, 2).
     """
-    total = 0.0
     at = levels(schedule, UniformLogSNR()(schedule, num_steps))
     spread = spread_of(torch.tensor([max(level.log_snr, -14.0) for level in at[:-1]], dtype=torch.float64))
-    for i, (t, s) in enumerate(pairwise(at[:-1])):
-        step = ReverseStep.of(t, s)
-        reverse = torch.as_tensor(step.variance(variance.at(t, s)(NOTHING)), dtype=torch.float64)
-        ratio = step.kept / reverse
-        total += (ratio - 1 - ratio.log() + step.of_x_0**2 * spread[i] / reverse).sum() / 2
+    steps = [ReverseStep.of(t, s) for t, s in pairwise(at[:-1])]
+    given = [step.variance(variance.at(t, s)(NOTHING)) for step, (t, s) in zip(steps, pairwise(at[:-1]), strict=True)]
+    reverse = torch.stack([torch.as_tensor(v, dtype=torch.float64).expand(2) for v in given])
+    kept, of_x_0 = torch.tensor([(step.kept, step.of_x_0) for step in steps], dtype=torch.float64).T[..., None]
+    ratio = kept / reverse
+    total = (ratio - 1 - ratio.log() + of_x_0**2 * spread[:-1] / reverse).sum() / 2
     last = torch.as_tensor(variance.at(at[-2], at[-1])(NOTHING), dtype=torch.float64)
-    last = last if (last > 0).all() else reverse  # as VariationalBound takes it
+    last = last if (last > 0).all() else reverse[-1]  # as VariationalBound takes it
     return (total + ((2 * torch.pi * last).log() + spread[-1] / last).sum() / 2).item()
 
 

@@ -1,0 +1,158 @@
+"""Shards at URLs that are damaged where they lie: the samples that it hits are damage, the others are what they are."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming.flaky import serving
+from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, maker, three_shards
+
+from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.damage import BadChecksum, MissingShard, Truncated
+from diffusion_trainer.streaming.index import Shard
+from diffusion_trainer.streaming.stores import LocalStore
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return three_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def truth(folder) -> list[bytes]:
+    return contents(LocalStore(), str(folder / "*.tar"))
+
+
+@pytest.fixture
+def server(folder, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def make(tmp_path):
+    return maker(tmp_path)
+
+
+@MODES
+def test_a_truncated_shard_gives_the_samples_before_the_cut(piece_bytes, server, truth, make):
+    server.files[FIRST] = server.files[FIRST][:9000]
+    offsets = np.frombuffer(server.files[f"{FIRST}.idx"], "<u8")
+    whole = sum(last <= 9000 for last in offsets[1:])
+    assert 0 < whole < 9
+    found = contents(make(piece_bytes), f"{server.url}/*.tar")
+    assert found == [*truth[:whole], *[b"truncated"] * (10 - whole), *truth[10:]]
+    assert contents(make(piece_bytes), f"{server.url}/*.tar") == found  # from the cache
+
+
+@MODES
+def test_a_shard_cut_between_pieces_and_one_with_nothing_behind_its_first_piece(piece_bytes, server, truth, make):
+    server.files[FIRST] = server.files[FIRST][:PIECE]
+    found = contents(make(piece_bytes), f"{server.url}/{NAMES[0]}")
+    assert found[0] == truth[0]
+    assert found[-1] == b"truncated"
+
+
+@MODES
+def test_flipped_bits_in_the_store_cost_the_samples_that_they_are_in(piece_bytes, server, truth, make):
+    offsets = np.frombuffer(server.files[f"{FIRST}.idx"], "<u8").tolist()
+    data = bytearray(server.files[FIRST])
+    for sample in (0, 4):  # in the first, in the header: the shard begins with no valid one
+        data[offsets[sample] + 3] ^= 255
+    server.files[FIRST] = bytes(data)
+    expected = [b"checksum" if i in (0, 4) else sample for i, sample in enumerate(truth)]
+    assert contents(make(piece_bytes), f"{server.url}/*.tar") == expected
+    assert piece_bytes or server.count(FIRST) == 2  # what comes twice is what the store has
+
+
+@MODES
+def test_a_missing_shard_is_damage_and_asked_for_once(piece_bytes, server, truth, make):
+    del server.files[FIRST]
+    store = make(piece_bytes)
+    assert contents(store, f"{server.url}/*.tar") == [*[b"missing_shard"] * 10, *truth[10:]]
+    assert server.count(FIRST) == 2
+    with pytest.raises(MissingShard):
+        store.read(store.find(f"{server.url}/*.tar")[0], 0, memoryview(bytearray(10)))
+    assert server.count(FIRST) == 2
+
+
+def test_shards_that_are_missing_with_their_index_are_a_store_that_is_down(server, make):
+    store = make()
+    shard = store.find(f"{server.url}/*.tar")[0]
+    server.files.clear()
+    with pytest.raises(UserError, match=rf"neither .*{NAMES[0]} is there any more nor .*index.json"):
+        store.read(shard, 0, memoryview(bytearray(10)))
+
+
+def test_a_missing_shard_of_an_index_elsewhere_is_damage_while_others_are_there(server, folder, truth, make):
+    for name in [name for name in server.files if not name.endswith(".tar")]:
+        del server.files[name]
+    del server.files[FIRST]
+    store = make(index=str(folder))
+    assert contents(store, f"{server.url}/*.tar") == [*[b"missing_shard"] * 10, *truth[10:]]
+    server.files.clear()
+    with pytest.raises(UserError, match=r"neither .*x-000000.tar is there any more nor .*x-000001.tar nor .*x-0"):
+        contents(make(index=str(folder), cache_bytes=1 << 19), f"{server.url}/*.tar")
+
+
+@MODES
+def test_a_shard_that_grew_is_not_what_its_index_describes(piece_bytes, server, make):
+    server.files[FIRST] += bytes(512)
+    with pytest.raises(UserError, match="it was written again"):
+        contents(make(piece_bytes), f"{server.url}/*.tar")
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-4]])
+def test_an_index_file_that_does_not_fit_is_an_error_until_it_is_mended(change, server, truth, make):
+    name, store = f"{FIRST}.crc", make()
+    right = server.files[name]
+    server.files[name] = change(right)
+    with pytest.raises(UserError, match="not what its index describes"):
+        contents(store, f"{server.url}/*.tar")
+    assert server.count(name) == 2
+    server.files[name] = right
+    server.script[name] = [lambda request, data, code: request.send(code, change(data))]
+    assert contents(store, f"{server.url}/*.tar") == truth
+
+
+def test_reading_beyond_the_end_of_a_shard_is_truncation(server, make):
+    for piece_bytes in (None, PIECE):
+        store = make(piece_bytes)
+        shard = store.find(f"{server.url}/*.tar")[0]
+        for offset in (shard.size - 4, shard.size, shard.size + 10 * PIECE):
+            with pytest.raises(Truncated):
+                store.read(shard, offset, memoryview(bytearray(8)))
+
+
+def test_missing_index_files_are_named_with_their_remedy(server, make):
+    store = make()
+    shard = store.find(f"{server.url}/*.tar")[0]
+    del server.files[f"{FIRST}.idx"]
+    with pytest.raises(UserError, match=r"x-000000.tar.idx is missing.*diffusion-trainer index .*x-000000.tar"):
+        store.sidecar(shard, ".idx")
+    with pytest.raises(UserError, match="image_sizes=true"):
+        store.sidecar(shard, ".size")
+
+
+def test_a_shard_that_is_said_to_have_no_bytes_is_truncated(server, make):
+    for piece_bytes in (None, 4096):
+        with pytest.raises(Truncated):
+            make(piece_bytes).read(Shard(f"{server.url}/x-000000.tar", 0, 0, 0), 0, memoryview(bytearray(1)))
+
+
+def test_damage_is_the_same_from_a_file_and_from_a_store(folder, tmp_path, server, make):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    data = bytearray((folder / NAMES[0]).read_bytes())
+    data[5000] ^= 1
+    (copy / NAMES[0]).write_bytes(data)
+    (copy / NAMES[1]).write_bytes((folder / NAMES[1]).read_bytes()[:12345])
+    (copy / NAMES[2]).unlink()
+    server.files = {f"/{p.name}": p.read_bytes() for p in copy.iterdir()}
+    local = contents(LocalStore(), str(copy / "*.tar"))
+    assert {BadChecksum.kind, Truncated.kind, MissingShard.kind} <= {found.decode(errors="replace") for found in local}
+    for piece_bytes in (None, PIECE):
+        assert contents(make(piece_bytes), f"{server.url}/*.tar") == local
