@@ -10,6 +10,8 @@ from torch import Tensor
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts
 from diffusion_trainer.callbacks.evaluating import Evaluating
+from diffusion_trainer.callbacks.heartbeat import Heartbeat
+from diffusion_trainer.callbacks.redaction import kept, literal
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conditioning.unconditional import Unconditional
 from diffusion_trainer.conventions import UserError
@@ -53,6 +55,32 @@ def _without_strays(data: Data) -> dict[str, Any]:
     if not stray.any() or stray.all() or int(stray.sum()) > max(1, data.damage_budget * len(stray)):
         return batch
     return data.first(FIRST_SAMPLES)
+
+
+def check_secrets(config: Mapping[str, Any]) -> None:
+    """UserError where a secret stands in the configuration, which is written into files: the run's folder, Weights &
+    Biases, a job's script.
+    """
+    where = list(literal(kept(config)))
+    if where:
+        raise UserError(
+            f"{', '.join(where)}: a password, key or signature would be written into files. Put it into an environment "
+            "variable whose name ends with _TOKEN, _KEY, _SECRET or _PASSWORD (at least 8 characters), and name that: "
+            f"{where[0]}='${{oc.env:MY_TOKEN}}'"
+        )
+
+
+def check_heartbeat(config: Mapping[str, Any], processes: int) -> None:
+    """UserError if a rank would lose its peers before it may say that it hangs: then only one stack would be known."""
+    allowed = config["allowed_targets"]
+    limit = build(config["strategy"], "strategy", allowed).timeout_seconds
+    for name, part in build(config["callbacks"], "callbacks", allowed).items():
+        if isinstance(part, Heartbeat) and processes > 1 and part.hang_timeout_seconds >= limit:
+            raise UserError(
+                f"callbacks.{name}.hang_timeout_seconds={part.hang_timeout_seconds:g} must be less than "
+                f"strategy.timeout_seconds={limit} with {processes} processes: a hang would break a collective before "
+                f"its stacks are written; callbacks.{name}.hang_timeout_seconds={0.9 * limit:g} would do"
+            )
 
 
 def check_pictures(config: Mapping[str, Any]) -> None:

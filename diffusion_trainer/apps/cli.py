@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from diffusion_trainer.apps.ending import run_to_the_end
+from diffusion_trainer.callbacks.redaction import redacted
 from diffusion_trainer.conventions import UserError
 
 VERBS = {
@@ -40,7 +41,7 @@ def _main() -> int:
     try:
         return run(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -7,6 +7,7 @@ from typing import Any
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.callbacks.evaluating import owed
+from diffusion_trainer.callbacks.redaction import kept
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
@@ -20,8 +21,8 @@ def trained(config: Mapping[str, Any]) -> bool:
     if not (folder / "config.yaml").is_file():
         return False
     try:
-        there = configuration.read(folder / "config.yaml")
-        if there != {name: config[name] for name in there if name in config}:
+        there, ours = configuration.read(folder / "config.yaml"), kept(config)
+        if there != {name: ours[name] for name in there if name in ours}:
             return False
         return at_its_end(config, folder) is not None
     except UserError:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffusion_trainer.apps.keys import CONF, advice
 from diffusion_trainer.apps.nodes import Schema, check, hint
+from diffusion_trainer.callbacks.redaction import kept
 from diffusion_trainer.conventions import UserError
 
 
@@ -232,8 +233,8 @@ def _first_line(error: Exception) -> str:
 
 
 def dump(config: Mapping[str, Any]) -> str:
-    """As YAML, in its own order."""
-    return yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None, width=120)
+    """As YAML, in its own order; secrets by the names of their variables, which `build` reads."""
+    return yaml.safe_dump(kept(config), sort_keys=False, default_flow_style=None, width=120)
 
 
 def read(path: Path) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_trainer.apps.config import dump, read
+from diffusion_trainer.callbacks.redaction import kept
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
 
@@ -83,7 +84,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder} is not empty and holds no run ({strangers[0]}, ...); choose another name=... or folder=..."
             )
         return
-    changes = differences(read(folder / "config.yaml"), config)
+    changes = differences(read(folder / "config.yaml"), kept(config))
     if not changes:
         return
     shown = "\n".join(f"  {line}" for line in changes[:10]) + ("\n  ..." if len(changes) > 10 else "")

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from diffusion_trainer.callbacks.redaction import filled
 from diffusion_trainer.conventions import UserError
 
 PACKAGE = "diffusion_trainer"
@@ -122,6 +123,8 @@ def build(node: Any, path: str, allowed: Sequence[str] = ()) -> Any:
     """The object that a checked node describes; UserError says where a constructor refused its arguments."""
     if isinstance(node, list):
         return [build(item, f"{path}[{i}]", allowed) for i, item in enumerate(node)]
+    if isinstance(node, str):
+        return filled(node)  # secrets are known here, and nowhere before
     if not isinstance(node, Mapping):
         return node
     parts = {k: build(v, f"{path}.{k}", allowed) for k, v in node.items() if k != "_target_"}

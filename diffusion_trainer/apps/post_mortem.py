@@ -14,14 +14,17 @@ from pathlib import Path
 from traceback import format_exception_only, format_tb
 from typing import TextIO
 
+from diffusion_trainer.callbacks import attempts
 from diffusion_trainer.callbacks.last_words import (
     HANG,
     STARVED,
     RankFiles,
+    attempt_folder,
     state_of,
     unknown,
     write_failure,
 )
+from diffusion_trainer.callbacks.redaction import redacted
 from diffusion_trainer.callbacks.watchdog import HUNG
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.evaluation.writing import whole
@@ -39,11 +42,7 @@ LOST_PEER = (  # in the last words of a rank that is not to blame: gloo's, NCCL'
 def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
     """What a rank fails with inside is written to its file, unless it is a mistake that the user can mend."""
     files = RankFiles(logs, rank)
-    earlier = [files.failed, files.state]
-    if rank == 0:  # that start may have had more ranks
-        earlier += [path for path in _left(logs) if _rank_of(path) >= world]
-    for path in earlier:
-        path.unlink(missing_ok=True)
+    _begin(files, world)
     try:
         yield
     except Exception as error:
@@ -58,10 +57,33 @@ def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
         raise
 
 
-def clear(logs: Path) -> None:
-    """Takes away what an earlier start has left: before any rank runs."""
-    for path in (logs / FILE, *_left(logs)):
+def _begin(files: RankFiles, world: int) -> None:
+    """Takes away what this rank has left in an earlier start; rank 0 also what no rank of this one can have written by
+    now: stacks are opened only once the ranks have met.
+    """
+    logs, earlier = files.logs, [files.failed, files.state]
+    if files.rank == 0:  # that start may have had more ranks
+        earlier += [path for path in _left(logs) if _rank_of(path) >= world]
+        _move(logs, [logs / FILE, *logs.glob("stacks-rank-*.txt")])
+    for path in earlier:
         path.unlink(missing_ok=True)
+
+
+def put_away(logs: Path) -> None:
+    """What an earlier start has left, into the folder of its attempt: before any rank runs."""
+    _move(logs, [logs / FILE, *logs.glob("stacks-rank-*.txt"), *logs.glob("failed-rank-*.txt")])
+    for path in _left(logs):
+        path.unlink(missing_ok=True)
+
+
+def _move(logs: Path, files: Sequence[Path]) -> None:
+    """Into the newest attempt's folder, whose they are."""
+    numbers = attempts.numbers(logs)
+    for path in files:
+        if path.exists() and numbers:
+            path.replace(attempt_folder(logs, numbers[-1]) / path.name)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _left(logs: Path) -> list[Path]:
@@ -115,8 +137,17 @@ def ending(code: int) -> str:
     return "hung" if code == HUNG else f"failed with exit code {code}"
 
 
-def screen(folder: Path, blame: Blame | None, codes: Mapping[int, int], world: int, command: Sequence[str] = ()) -> str:
-    """One screen. codes: as for `culprit`; command: what started the run, and goes on with it."""
+def screen(
+    folder: Path,
+    blame: Blame | None,
+    codes: Mapping[int, int],
+    world: int,
+    command: Sequence[str] = (),
+    attempt: int | None = None,
+) -> str:
+    """One screen. codes: as for `culprit`; command: what started the run, and goes on with it; attempt: the start that
+    ended so, if that is known.
+    """
     logs = folder / LOGS
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     who = "no rank has left a word: killed (perhaps the memory did not suffice)"
@@ -125,9 +156,11 @@ def screen(folder: Path, blame: Blame | None, codes: Mapping[int, int], world: i
     rank = blame.rank if blame else None
     lines = [f"post-mortem of {folder}, {now}: {who}.", *_table(logs, rank, codes, world)]
     if rank is not None:
-        lines += _last_words(RankFiles(logs, rank))
-    kinds = ("rank-*.log", "failed-rank-*.txt", "stacks-rank-*.txt")
-    left = [path.name for kind in kinds for path in sorted(logs.glob(kind))[:RANKS]]
+        lines += _last_words(RankFiles(logs, rank, attempt))
+    kinds = ("failed-rank-*.txt", "stacks-rank-*.txt")
+    if attempt is not None:
+        kinds = (f"{attempt_folder(logs, attempt).name}/rank-*.log", *kinds)
+    left = [str(path.relative_to(logs)) for kind in kinds for path in sorted(logs.glob(kind))[:RANKS]]
     return "\n".join([*lines, f"files in {logs}: {', '.join(left) or 'none'}", *_resume(folder, command)])
 
 
@@ -147,7 +180,7 @@ def _table(logs: Path, blamed: int | None, codes: Mapping[int, int], world: int)
 def _last_words(files: RankFiles) -> list[str]:
     if files.failed.is_file():
         return [files.failed.read_text().rstrip()]
-    if files.log.is_file():
+    if files.attempt is not None and files.log.is_file():
         return [f"the end of {files.log}:", *files.log.read_text(errors="replace").splitlines()[-LINES:]]
     return []
 
@@ -161,7 +194,8 @@ def _resume(folder: Path, command: Sequence[str]) -> list[str]:
 
 
 def tell(folder: Path, text: str, file: TextIO) -> None:
-    """The screen, and <folder>/logs/post-mortem.txt where that can be written."""
+    """The screen, without secrets, and <folder>/logs/post-mortem.txt where that can be written."""
+    text = redacted(text)
     print(text, file=file)
     try:
         with whole(folder / LOGS / FILE) as part:
@@ -177,8 +211,9 @@ def main() -> None:
     ranks = {_rank_of(path) for path in _left(logs)}
     states = [state for rank in ranks if (state := state_of(RankFiles(logs, rank)))]
     world = max([1, *(state.world for state in states), *(rank + 1 for rank in ranks)])
+    attempt = max((state.attempt for state in states if state.attempt is not None), default=None)
     if ranks:
-        tell(folder, screen(folder, culprit(logs, {}, world), {}, world), sys.stdout)
+        tell(folder, screen(folder, culprit(logs, {}, world), {}, world, attempt=attempt), sys.stdout)
 
 
 if __name__ == "__main__":

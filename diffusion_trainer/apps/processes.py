@@ -21,7 +21,9 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, LightningE
 from torch import distributed
 
 from diffusion_trainer.apps import post_mortem
-from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS
+from diffusion_trainer.callbacks import attempts
+from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS, signals_to_stop
+from diffusion_trainer.callbacks.last_words import RankFiles
 from diffusion_trainer.training.agreement import Agreement
 
 ROLLED_BACK = 75  # exit code (EX_TEMPFAIL of sysexits.h): to be started again, from an earlier checkpoint
@@ -94,13 +96,13 @@ def _before_exec() -> None:
 def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[int] = ()) -> int:
     """Runs `count` processes `python <arguments>` as ranks of one world; returns the exit code of the run.
 
-    Rank 0 writes to this terminal, rank r to <logs>/rank-<r>.log (as does its traceback). Ctrl-C and the other
-    signals to stop go to all ranks; a third one kills them. When a rank fails, the others are asked to stop, then
-    killed, and a post-mortem is printed and written to <logs>/post-mortem.txt. inherited: descriptors that the ranks
-    keep open.
+    Rank 0 writes to this terminal (and to its log: apps/rank.py), rank r to <logs>/attempt-<n>/rank-<r>.log, as does
+    its traceback. Ctrl-C and the other signals to stop go to all ranks; a third one kills them, but for SIGHUP: a
+    terminal that goes may send it several times. When a rank fails, the others are asked to stop, then killed, and a
+    post-mortem is printed and written to <logs>/post-mortem.txt. inherited: descriptors that the ranks keep open.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    post_mortem.clear(logs)
+    post_mortem.put_away(logs)
+    attempt = attempts.begin(logs)
     threads = max(1, (os.cpu_count() or 1) // count)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -108,6 +110,7 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "NODE_RANK": "0",
+        attempts.NUMBER: str(attempt),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
     ranks: list[subprocess.Popen] = []
@@ -115,17 +118,18 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
 
     def forward(number: int, frame) -> None:
         received.append(number)
+        impatient = number != signal.SIGHUP and len(received) >= 3
         for process in ranks:
             if process.poll() is None:
-                process.send_signal(number if len(received) < 3 else signal.SIGKILL)
+                process.send_signal(signal.SIGKILL if impatient else number)
 
-    previous = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
+    previous = {s: signal.signal(s, forward) for s in signals_to_stop()}
     try:
         for rank in range(count):
-            ranks.append(_start(rank, arguments, shared, logs, inherited))
+            ranks.append(_start(RankFiles(logs, rank, attempt), arguments, shared, inherited))
             if received:  # it came while this rank was being started
                 ranks[-1].send_signal(received[-1])
-        return _wait(ranks, logs, received)
+        return _wait(ranks, logs, attempt, received)
     finally:
         _stop(ranks)
         for number, handler in previous.items():
@@ -133,9 +137,10 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
 
 
 def _start(
-    rank: int, arguments: Sequence[str], shared: Mapping[str, str], logs: Path, inherited: Sequence[int]
+    files: RankFiles, arguments: Sequence[str], shared: Mapping[str, str], inherited: Sequence[int]
 ) -> subprocess.Popen:
-    with (logs / f"rank-{rank}.log").open("w") if rank else nullcontext() as log:
+    rank = files.rank
+    with files.log.open("w") if rank else nullcontext() as log:
         return subprocess.Popen(
             [sys.executable, *arguments],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -148,7 +153,7 @@ def _start(
         )
 
 
-def _wait(ranks: Sequence[subprocess.Popen], logs: Path, received: Sequence[int]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen], logs: Path, attempt: int, received: Sequence[int]) -> int:
     while True:
         codes = [process.poll() for process in ranks]
         failed = {rank: code for rank, code in enumerate(codes) if code}
@@ -158,13 +163,15 @@ def _wait(ranks: Sequence[subprocess.Popen], logs: Path, received: Sequence[int]
             failed = {rank: code for rank, code in failed.items() if code not in STOPPED} or failed
             blame = post_mortem.culprit(logs, failed, len(ranks))  # before what the others do as they are stopped
             _stop(ranks)
-            return 128 + received[0] if received else _report(ranks, failed, blame, logs)
+            return 128 + received[0] if received else _report(ranks, failed, blame, logs, attempt)
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
 
 
-def _report(ranks: Sequence[subprocess.Popen], failed: Mapping[int, int], blame: post_mortem.Blame, logs: Path) -> int:
+def _report(
+    ranks: Sequence[subprocess.Popen], failed: Mapping[int, int], blame: post_mortem.Blame, logs: Path, attempt: int
+) -> int:
     """The run's exit code; says what happened unless that was a clean stop, or a user's mistake that has been shown.
 
     failed: the exit codes of the ranks that had ended by themselves.
@@ -175,11 +182,11 @@ def _report(ranks: Sequence[subprocess.Popen], failed: Mapping[int, int], blame:
         print(f"rank {rank} was told to stop before it had anything to save.", file=sys.stderr)
         return 128 - code
     if code == 2 and rank and ranks[0].returncode != 2:  # that only this rank could see
-        print((logs / f"rank-{rank}.log").read_text(errors="replace").strip(), file=sys.stderr)
+        print(RankFiles(logs, rank, attempt).log.read_text(errors="replace").strip(), file=sys.stderr)
     if code in (2, *STOPPED):
         return code
     command = ["diffusion-trainer", *sys.argv[1:]]
-    text = post_mortem.screen(logs.parent, blame, failed, len(ranks), command)
+    text = post_mortem.screen(logs.parent, blame, failed, len(ranks), command, attempt)
     post_mortem.tell(logs.parent, text, sys.stderr)
     return 1 if code < 0 else code
 

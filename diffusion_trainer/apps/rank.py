@@ -21,11 +21,12 @@ from diffusion_trainer.apps import initial, post_mortem, processes
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, dtype_of, generator_of
 from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.attempts import Start, printing
 from diffusion_trainer.callbacks.damage import CountDamage
 from diffusion_trainer.callbacks.evaluating import owed
-from diffusion_trainer.callbacks.heartbeat import Heartbeat
 from diffusion_trainer.callbacks.observing import Observing
-from diffusion_trainer.callbacks.run import Run, RunCallback
+from diffusion_trainer.callbacks.redaction import kept, redacted
+from diffusion_trainer.callbacks.run import Run, RunCallback, in_turn
 from diffusion_trainer.callbacks.scaling import Scaling
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.loader import Layout
@@ -37,13 +38,16 @@ from diffusion_trainer.training.trainer import resume_counters
 
 
 def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
-    """Trains; the exit code. What it fails with is in the folder's logs, too (post_mortem)."""
+    """Trains; the exit code. What it prints, and what it fails with, is in the folder's logs, too."""
     quiet()
-    with post_mortem.recorded(folder / post_mortem.LOGS, world.rank, world.size):
-        return _train(config, folder, world)
+    logs = folder / post_mortem.LOGS
+    with printing() as log, post_mortem.recorded(logs, world.rank, world.size):
+        start = Start(log, logs, world.rank)
+        start.begin()
+        return _train(config, folder, world, start)
 
 
-def _train(config: Mapping[str, Any], folder: Path, world: World) -> int:
+def _train(config: Mapping[str, Any], folder: Path, world: World, start: Start) -> int:
     progress = progress_of(config)
     trainer_settings, strategy = (
         build(config["trainer"], "trainer", config["allowed_targets"]),
@@ -61,7 +65,7 @@ def _train(config: Mapping[str, Any], folder: Path, world: World) -> int:
         if world.rank == 0:
             print(f"  already at {started_at:,} images; a larger num_images trains on", flush=True)
         return 0
-    callbacks.sort(key=lambda callback: isinstance(callback, Heartbeat))  # last: see there
+    callbacks = in_turn(callbacks)
     if module.objective.observes:
         callbacks.insert(0, Observing())
     if module.loss_scale:
@@ -70,7 +74,7 @@ def _train(config: Mapping[str, Any], folder: Path, world: World) -> int:
     callbacks.insert(0, CountDamage(data.damage_budget, data.count))
     if world.rank == 0:
         folders.write_order(folder, data.fingerprint)
-    begin = _Begin(config, folder, module, strategy, callbacks)
+    begin = _Begin(config, folder, module, strategy, callbacks, start)
     trainer = trainer_settings.build(
         strategy, world.nodes, world.local_size, world.environment(), progress.num_images // progress.batch_size,
         [begin, *callbacks], [], folder,
@@ -109,7 +113,7 @@ def loggers_of(config: Mapping[str, Any], folder: Path, rank: int, started_at: i
         if node is not None
     ]
     run_id = folders.run_id(folder)
-    return [choice.build(folder, config["name"], run_id, config, started_at) for choice in choices]
+    return [choice.build(folder, config["name"], run_id, kept(config), started_at) for choice in choices]
 
 
 class _Data(LightningDataModule):
@@ -128,8 +132,8 @@ class _Begin(Callback):
     weights and gives the others their run.
     """
 
-    def __init__(self, config, folder, module, strategy, callbacks: Sequence[RunCallback]):
-        self.config, self.folder, self.module, self.strategy = config, folder, module, strategy
+    def __init__(self, config, folder, module, strategy, callbacks: Sequence[RunCallback], start: Start):
+        self.config, self.folder, self.module, self.strategy, self.begun = config, folder, module, strategy, start
         self.callbacks = callbacks
         self.checkpoint: checkpoints.Checkpoint | None = None
         self.run: Run | None = None
@@ -141,6 +145,7 @@ class _Begin(Callback):
     def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
         self.agreement = Agreement(self.strategy.timeout_seconds)
         first = self.agreement.rank == 0
+        self.begun.meet(self.agreement, self.callbacks)
         found = checkpoints.resumable(self.folder / "checkpoints", self.agreement)
         self.checkpoint = found.checkpoint
         for problem, damaged in zip(found.damage, found.damaged, strict=True):
@@ -193,6 +198,7 @@ class _Begin(Callback):
 
 def provenance(config: Mapping[str, Any], device: str) -> dict[str, Any]:
     """What a number measured in this run must carry besides the evaluation's own."""
+    config = kept(config)
     return {
         "sampler": config["sampler"],
         "variance": config["variance"],
@@ -228,5 +234,5 @@ def main() -> int:
             distributed.destroy_process_group()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code

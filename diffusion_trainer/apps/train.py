@@ -12,10 +12,18 @@ import torch
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps import initial, processes, statistics
-from diffusion_trainer.apps.checks import check_data, check_evaluation, check_guidance, check_pictures
+from diffusion_trainer.apps.checks import (
+    check_data,
+    check_evaluation,
+    check_guidance,
+    check_heartbeat,
+    check_pictures,
+    check_secrets,
+)
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, check_sampling, parameter_shapes
 from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.attempts import printing
 from diffusion_trainer.callbacks.ema_snapshots import EmaSnapshots, lengths
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
@@ -55,6 +63,12 @@ def main(overrides: Sequence[str]) -> int:
     """
     config = configuration.load("train", overrides, TrainConfig)
     folder, world = Path(config["folder"]), processes.current()
+    with printing() as log:
+        log.leave()  # a rank has its own
+        return _run(config, folder, world)
+
+
+def _run(config: dict[str, Any], folder: Path, world: World | None) -> int:
     count, size = processes_of(config, world)
     first = world is None or world.rank == 0
     given = preflight(config, size, folder) if first else ""
@@ -82,6 +96,7 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
     """UserError for what can be known to fail before a process or a device is touched; what the run is given to begin
     with, in words.
     """
+    check_secrets(config)
     sizes(config, world)
     allowed = config["allowed_targets"]
     built = {group: build(config[group], group, allowed) for group in CHECKED}
@@ -93,6 +108,7 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
             "run `diffusion-trainer variance checkpoint=...`, then choose variance=analytic or "
             "sampler=optimal_trajectory in sample and evaluate"
         )
+    check_heartbeat(config, world)
     check_sampling(config)
     folders.check(folder, config)
     data = build(config["data"], "data", allowed)

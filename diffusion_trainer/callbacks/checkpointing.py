@@ -3,24 +3,31 @@
 import signal
 from types import FrameType
 
-from diffusion_trainer.callbacks.run import STOP, RunCallback, crossed
+from diffusion_trainer.callbacks.run import SAVE, STOP, RunCallback, crossed
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.saving import Saver
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAVE_SECONDS = "save_seconds"  # in the run's state: what the checkpoint before took
 SAVE_TIMEOUT_SECONDS = 3600  # that ranks wait for the slowest to write, which holds up nothing
 
 
+def signals_to_stop() -> list[signal.Signals]:
+    """STOP_SIGNALS, but for SIGHUP where this process was started to outlive its terminal (nohup)."""
+    return [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+
+
 class Checkpointing(RunCallback):
-    """A checkpoint every `every_n_images`, at the end, and when SIGINT, SIGTERM, SIGUSR1 or SIGUSR2 reaches any
+    """A checkpoint every `every_n_images`, at the end, and when SIGINT, SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP reaches any
     rank, or somebody makes the file <folder>/stop (and this has removed it).
 
     The handler only sets a flag. After each step the ranks agree on it; then all save and stop. A second SIGINT stops
-    at once. A checkpoint is copied between two steps and written while training goes on. One that cannot be written (a
-    full disk) is reported and training goes on. It stands before what takes long, evaluation, which waits until it is
-    written, so that this puts no work at risk.
+    at once. SIGHUP that was ignored (nohup) stays so. A checkpoint is copied between two steps and written while
+    training goes on. One that cannot be written (a full disk) is reported and training goes on. It stands before what
+    takes long, evaluation, which waits until it is written, so that this puts no work at risk.
     """
+
+    turn = SAVE
 
     def __init__(self, every_n_images: int, keep: int = 2):
         if every_n_images < 1 or keep < 1:
@@ -36,7 +43,7 @@ class Checkpointing(RunCallback):
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
         self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep, reach=run.reach_images)
         run.stop, run.save, run.settle = self.stop, self.save, self.settle
-        self._previous = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
+        self._previous = {s: signal.signal(s, self._note) for s in signals_to_stop()}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._interrupted and number == signal.SIGINT:
@@ -113,3 +120,5 @@ class Checkpointing(RunCallback):
         self.settle()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self.run.first:
+            (self.run.folder / STOP).unlink(missing_ok=True)  # made too late to be seen: it is not the next start's

@@ -4,7 +4,8 @@ import csv
 from collections import Counter
 from collections.abc import Sequence
 
-from diffusion_trainer.callbacks.run import RunCallback, crossed
+from diffusion_trainer.callbacks.redaction import redacted
+from diffusion_trainer.callbacks.run import BEFORE_SAVE, RunCallback, crossed
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.streaming.damage import Found
@@ -24,6 +25,8 @@ class CountDamage(RunCallback):
     budget: the share of the samples that may be damaged: of those since the start of this process, or (while there have
     been fewer) of an epoch's `count`, at most 10,000. Beyond it the run saves and stops.
     """
+
+    turn = BEFORE_SAVE
 
     def __init__(self, budget: float, count: int | None, every_n_images: int = AT_LEAST):
         self.budget, self.every_n_images = budget, every_n_images
@@ -136,7 +139,7 @@ class CountDamage(RunCallback):
 
 
 def _row(found: tuple[int, Found]) -> tuple[str, ...]:
-    return tuple(map(str, (found[0], *found[1])))
+    return tuple(redacted(str(field)) for field in (found[0], *found[1]))
 
 
 def _number(row: Sequence[str]) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_trainer.callbacks.ema_snapshots import FOLDER as SNAPSHOTS
-from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.run import FIRST, RunCallback
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.rollbacks import Rollbacks, before, go_back_to, set_aside_after
 from diffusion_trainer.training.saving import order_of
@@ -32,6 +32,8 @@ class Guarding(RunCallback):
 
     A step's numbers are read while the next one is computed, so that no device is waited for.
     """
+
+    turn = FIRST  # no checkpoint is made of what it finds wrong
 
     def __init__(
         self,

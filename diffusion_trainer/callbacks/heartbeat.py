@@ -6,7 +6,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from diffusion_trainer.callbacks.last_words import STARVED, RankFiles
-from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.run import LAST, RunCallback
 from diffusion_trainer.callbacks.watchdog import Watchdog
 from diffusion_trainer.training.module import DiffusionModule
 
@@ -16,9 +16,10 @@ class Heartbeat(RunCallback):
     `hang_timeout_seconds` on a rank, it writes down what all its threads do and ends with exit code 76 (`Watchdog`).
 
     A rank that cannot (it is stopped, its node is gone) is noticed by the others, which wait for it. Until the first
-    step is over, `start_timeout_seconds` are allowed: compiling, reading the references of an evaluation. It comes
-    after all other callbacks (apps/rank.py sees to it), so that "waiting for data" is not what one of them does.
+    step is over, `start_timeout_seconds` are allowed: compiling, reading the references of an evaluation.
     """
+
+    turn = LAST  # so that "waiting for data" is not what another callback does
 
     def __init__(self, hang_timeout_seconds: float = 540.0, start_timeout_seconds: float = 1800.0):
         if not 0 < hang_timeout_seconds <= start_timeout_seconds < inf:
@@ -31,7 +32,7 @@ class Heartbeat(RunCallback):
 
     def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
         self._module, self._allowed_seconds = module, self.start_timeout_seconds
-        files = RankFiles(Path(trainer.default_root_dir) / "logs", trainer.global_rank)
+        files = RankFiles(Path(trainer.default_root_dir) / "logs", trainer.global_rank, self.attempt)
         self._watchdog = Watchdog(files, trainer.world_size, self._progress)
         self._hook = module.model.register_forward_pre_hook(self._of_the_model)
         self._watchdog.start(self.start_timeout_seconds)

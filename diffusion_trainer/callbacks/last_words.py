@@ -8,17 +8,24 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from diffusion_trainer.callbacks.redaction import redacted
+
 FRAMES = 12  # of a stack, the last ones
 HANG = "hung: no progress for"  # how the last words of a rank begin that has waited too long
 STARVED = "waiting for data"  # what such a rank was doing, if no other is to blame
 
 
+def attempt_folder(logs: Path, attempt: int) -> Path:
+    return logs / f"attempt-{attempt}"
+
+
 @dataclass(frozen=True)
 class RankFiles:
-    """The files of rank `rank`, in the folder `logs` that all ranks share."""
+    """The files of rank `rank`, in the folder `logs` that all ranks share: of the last start, but for `log`."""
 
     logs: Path
     rank: int
+    attempt: int | None = None  # which start it is, where that is known (attempts.py)
 
     @property
     def state(self) -> Path:
@@ -37,8 +44,8 @@ class RankFiles:
 
     @property
     def log(self) -> Path:
-        """All it has printed; rank 0 prints to the terminal."""
-        return self.logs / f"rank-{self.rank}.log"
+        """All that it has printed in this attempt."""
+        return attempt_folder(self.logs, self.attempt) / f"rank-{self.rank}.log"
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class State:
     step: int
     images_seen: int
     at: float  # seconds since 1970, when it began to do that
+    attempt: int | None = None  # see RankFiles
 
     def __str__(self) -> str:
         where = f"rank {self.rank} of {self.world} on {self.host} (pid {self.pid})"
@@ -76,10 +84,10 @@ def unknown(rank: int, world: int) -> State:
 
 
 def write_failure(files: RankFiles, state: State, what: str, frames: Iterable[str]) -> None:
-    """what: one line; frames: of the stack, as `traceback` formats them, the innermost last."""
+    """Without secrets. what: one line; frames: of the stack, as `traceback` formats them, the innermost last."""
     stack = "".join(list(frames)[-FRAMES:]).rstrip()
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     files.logs.mkdir(parents=True, exist_ok=True)
     part = files.failed.with_name(f".{files.failed.name}.part")
-    part.write_text(f"{now}: {state}:\n{what}\n{stack}\n")
+    part.write_text(redacted(f"{now}: {state}:\n{what}\n{stack}\n"))
     part.replace(files.failed)

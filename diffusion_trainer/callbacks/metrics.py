@@ -5,13 +5,15 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from diffusion_trainer.callbacks.run import RunCallback, crossed
+from diffusion_trainer.callbacks.run import BEFORE_SAVE, RunCallback, crossed
 
 KEY = "metrics"  # in the run's state
 
 
 class LogMetrics(RunCallback):
     """Every `every_n_images`: means over the images since the last time and over the ranks, restarts or not."""
+
+    turn = BEFORE_SAVE
 
     def __init__(self, every_n_images: int):
         if every_n_images < 1:

@@ -2,7 +2,7 @@
 
 import torch
 
-from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.run import BEFORE_SAVE, RunCallback
 
 KEY = "objective"  # in the run's state
 
@@ -12,6 +12,8 @@ class Observing(RunCallback):
 
     Only for objectives that adapt to them (importance sampling of t): numbers are read from the device and gathered.
     """
+
+    turn = BEFORE_SAVE
 
     def start(self) -> None:
         self._seen: list[tuple[int, list[float], list[float]]] = []

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,6 +18,8 @@ from diffusion_trainer.training.module import DiffusionModule
 from diffusion_trainer.training.sharding import Sharding
 
 STOP = "stop"  # a file in a run's folder, made by hand: as a SIGTERM
+STOP_SECONDS = 3.0  # between two looks for it, each a request to what may be a network file system
+FIRST, BEFORE_SAVE, SAVE, AFTER_SAVE, LAST = range(5)  # turns of callbacks
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Run:
     aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training
     save_seconds: float | None = None  # that writing the last checkpoint took
     reach_images: int = 0  # how far back from the newest checkpoint there must be one
+    _looked_at: float = -inf  # for the file STOP, by this rank's clock
     _answers: tuple[int, Mapping["RunCallback", list[float]]] = (-1, {})
 
     @property
@@ -52,9 +56,13 @@ class Run:
         return self.module.images_seen
 
     def told_to_stop(self) -> bool:
-        """Whether this rank is: by a signal or, rank 0, by the file <folder>/stop. The others learn it by agreement."""
-        if self.stop_signal is None and self.first and (self.folder / STOP).exists():
-            self.stop_signal = signal.SIGTERM
+        """Whether this rank is: by a signal or, rank 0, by the file <folder>/stop, looked for every STOP_SECONDS. The
+        others learn it by agreement.
+        """
+        if self.stop_signal is None and self.first and monotonic() - self._looked_at >= STOP_SECONDS:
+            self._looked_at = monotonic()
+            if (self.folder / STOP).exists():
+                self.stop_signal = signal.SIGTERM
         return self.stop_signal is not None
 
     def answer(self, callback: "RunCallback") -> list[float]:
@@ -98,9 +106,15 @@ class Run:
 
 
 class RunCallback(Callback):
-    """A callback that acts on a run after optimizer steps."""
+    """A callback that acts on a run after optimizer steps.
+
+    turn: when it comes, whatever the order of conf/callbacks (see `in_turn`). FIRST changes what the others see;
+    BEFORE_SAVE: what it knows of a step belongs in the checkpoint of that step.
+    """
 
     run: Run  # set by the entry point before the first step
+    turn: int = AFTER_SAVE
+    attempt: int | None = None  # the number of this start, set by the entry point before `setup`
 
     def start(self) -> None:
         """Once, before the first step; the module may have been resumed."""
@@ -113,7 +127,9 @@ class RunCallback(Callback):
         return ()
 
     def before_save(self) -> None:
-        """Before each checkpoint, on all ranks: what it keeps of this callback must be in the run's state."""
+        """Before each checkpoint, on all ranks: what it keeps of this callback must be in the run's state. The turn of
+        such a callback must be before SAVE, or the checkpoint lacks what the step has added.
+        """
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         self.start()
@@ -121,6 +137,11 @@ class RunCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, outputs, batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.after_step(module.images_seen - module.progress.batch_size)
+
+
+def in_turn(callbacks: Sequence[RunCallback]) -> list[RunCallback]:
+    """In the order in which they must see a step; those of the same turn as they are given."""
+    return sorted(callbacks, key=lambda callback: callback.turn)
 
 
 def crossed(previous: int, now: int, every: int) -> bool:

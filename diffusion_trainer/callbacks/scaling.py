@@ -1,12 +1,14 @@
 """The loss scale of a float16 run goes on where its checkpoint left it."""
 
-from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.run import BEFORE_SAVE, RunCallback
 
 KEY = "loss_scale"  # in the run's state
 
 
 class Scaling(RunCallback):
     """Only for runs that have one. (The module changes it after each step.)"""
+
+    turn = BEFORE_SAVE
 
     def start(self) -> None:
         if KEY in self.run.state:

@@ -80,8 +80,8 @@ class Watchdog:
 
     def state(self) -> State:
         last = self._last
-        at = time.time() - (time.monotonic() - last.at)
-        return State(self.files.rank, self.world, self.host, os.getpid(), last.doing, *self.progress(), at)
+        at, files = time.time() - (time.monotonic() - last.at), self.files
+        return State(files.rank, self.world, self.host, os.getpid(), last.doing, *self.progress(), at, files.attempt)
 
     def _watch(self) -> None:
         while True:

@@ -12,8 +12,10 @@ from options import built
 from written_runs import config_of, finished_runs
 
 from diffusion_trainer.apps import cli as console
-from diffusion_trainer.apps import sample
-from diffusion_trainer.apps.checks import check_guidance, levels_of
+from diffusion_trainer.apps import sample, train
+from diffusion_trainer.apps.checks import check_guidance, check_heartbeat, levels_of
+from diffusion_trainer.apps.config import load
+from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.process import analytic
 
@@ -200,3 +202,30 @@ def test_a_measurement_asks_for_no_statistics_itself(runs, tmp_path):
         assert "bad.safetensors cannot be read" in refused("sample", "checkpoint=runs/plain")
     finally:
         config.write_text(text)
+
+
+# ---- what would be noticed only when it matters ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("strategy", "processes", "is_refused"), [("ddp", 2, True), ("zero2", 8, True), ("ddp", 1, False)]
+)
+def test_a_hang_must_be_told_before_the_collectives_break(strategy, processes, is_refused):
+    chosen = [f"strategy={strategy}", "strategy.timeout_seconds=300", "callbacks.heartbeat.hang_timeout_seconds=300"]
+    config = load("train", ["experiment=digits", *chosen], TrainConfig)
+    if is_refused:
+        with pytest.raises(UserError, match="hang_timeout_seconds=300 must be less than "):
+            check_heartbeat(config, processes)
+    else:
+        check_heartbeat(config, processes)
+    remedy = load(
+        "train", ["experiment=digits", *chosen[:2], "callbacks.heartbeat.hang_timeout_seconds=270"], TrainConfig
+    )
+    check_heartbeat(remedy, processes)
+
+
+def test_a_run_of_two_processes_is_not_begun_so(shards, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"hang_timeout_seconds=450 would do$"):
+        train.check([*shards, "name=late", "strategy=ddp", "strategy.timeout_seconds=500"])

@@ -1,5 +1,6 @@
 """A process whose libraries would abort it while Python is taken apart ends with the exit code of its work."""
 
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,22 @@ def test_exit_code_output_threads_and_atexit_are_as_usual(code):
     ended = run(f"return {code}")
     assert ended.returncode == code, ended.stderr
     assert ended.stdout.splitlines() == ["worked", "thread ended", "atexit ran"]
+
+
+def test_the_exit_code_survives_the_terminal():
+    reader, writer = os.pipe()
+    os.close(reader)  # whoever read has gone
+    script = SCRIPT.format(last="return 143", end="run_to_the_end(work)").replace('print("worked")', "")
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    ended = subprocess.run([sys.executable, "-c", script], stdout=writer, env=buffered, check=False)
+    os.close(writer)
+    assert ended.returncode == 143
+
+
+def test_an_exception_is_shown_without_secrets(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "canary-of-a-token")
+    ended = run("raise RuntimeError('broken: ' + os.environ['MY_TOKEN'])")
+    assert "RuntimeError: broken: ***" in ended.stderr
 
 
 def test_an_exception_is_shown_and_is_exit_code_1():

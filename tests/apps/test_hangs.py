@@ -57,6 +57,7 @@ def check_screen(output: str, folder, headline: str) -> str:
     assert text in output
     assert headline in text.splitlines()[0]
     assert len(text.splitlines()) < 45
+    assert "attempt-1/rank-0.log" in next(line for line in text.splitlines() if line.startswith("files in "))
     newest = latest(folder / "checkpoints").name
     assert f"The newest checkpoint, {newest}, stands: run the same command again to resume from it" in text
     assert text.splitlines()[-1].startswith("  diffusion-trainer train experiment=digits ")
@@ -142,6 +143,32 @@ def test_a_signal_to_the_parent_reaches_the_ranks(run):
     assert not (folder / "logs" / post_mortem.FILE).exists()
     assert not list((folder / "logs").glob("state-rank-*"))
     assert not list((folder / "logs").glob("stacks-rank-*"))
+
+
+def test_a_terminal_that_goes_stops_a_run_in_order_and_its_words_are_in_the_log(run):
+    process, folder = run
+    process.stdout.close()  # nobody reads what it prints from here on
+    for _ in range(4):  # the kernel and a shell send it both
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=100) == 128 + signal.SIGHUP
+    words = (folder / "logs" / "attempt-1" / "rank-0.log").read_text()
+    stopped = Checkpoint(latest(folder / "checkpoints")).images_seen
+    assert f"stopped at {stopped:,} images" in words
+    assert stopped >= 320
+    assert not (folder / "logs" / post_mortem.FILE).exists()
+
+
+def test_nohup_lets_a_run_outlive_its_terminal(workplace):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process = command(*RUN, cwd=workplace)
+    signal.signal(signal.SIGHUP, before)
+    folder = workplace / "runs" / "digits"
+    until(folder, 160, process)
+    for p in (process, rank_of(process, 1)):
+        p.send_signal(signal.SIGHUP)
+    until(folder, 480, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 128 + signal.SIGTERM
 
 
 def test_a_signal_to_one_rank_before_it_trains_is_the_end_and_no_failure(workplace):

@@ -4,12 +4,14 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from diffusion_trainer.apps import post_mortem
 from diffusion_trainer.apps.post_mortem import Blame, culprit, recorded, screen
+from diffusion_trainer.callbacks import attempts
 from diffusion_trainer.callbacks.last_words import HANG, RankFiles, State, write_failure
 from diffusion_trainer.callbacks.watchdog import HUNG
 from diffusion_trainer.conventions import PassingError, UserError
@@ -85,11 +87,14 @@ def test_one_screen_has_what_a_person_asks_first(tmp_path, logs):
     for rank in (0, 1):
         RankFiles(logs, rank).state.write_text(state(rank).json())
     speak(logs, 1, "ValueError: no", 1)
-    RankFiles(logs, 1).log.write_text("much\n" * 1000)
+    for attempt in (1, 2):
+        log = RankFiles(logs, 1, attempt).log
+        log.parent.mkdir()
+        log.write_text("much\n" * 1000)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("images-000000000320")
     blame, command = Blame(1, "failed with exit code 1"), ["diffusion-trainer", "train", "data.shards=a b"]
-    text = screen(tmp_path, blame, {1: 1}, 3, command)
+    text = screen(tmp_path, blame, {1: 1}, 3, command, attempt=2)
     lines = text.splitlines()
     assert len(lines) < 30
     assert lines[0].startswith(f"post-mortem of {tmp_path}, ")
@@ -102,7 +107,7 @@ def test_one_screen_has_what_a_person_asks_first(tmp_path, logs):
     assert "in f29" in text  # the innermost of thirty
     assert "in f18" in text
     assert "in f17" not in text
-    assert "rank-1.log, failed-rank-1.txt" in text
+    assert f"files in {logs}: attempt-2/rank-1.log, failed-rank-1.txt\n" in text
     assert lines[-2].startswith("The newest checkpoint, images-000000000320, stands: run the same command again")
     assert lines[-1] == "  diffusion-trainer train 'data.shards=a b'"
 
@@ -163,9 +168,8 @@ def test_a_mistake_of_the_user_is_none_and_what_an_earlier_start_has_left_is_gon
         speak(logs, rank, "of an earlier start", 1)
         RankFiles(logs, rank).state.write_text(state(rank).json())
     (logs / post_mortem.FILE).write_text("")
-    RankFiles(logs, 1).log.write_text("")
-    post_mortem.clear(logs)
-    assert [path.name for path in logs.iterdir()] == ["rank-1.log"]
+    post_mortem.put_away(logs)
+    assert list(logs.iterdir()) == []  # there is no attempt whose they could be
 
 
 def test_a_job_script_can_show_it(tmp_path, logs, monkeypatch, capsys):
@@ -210,6 +214,42 @@ def test_ranks_that_an_earlier_start_had_more_are_not_to_blame(tmp_path, logs, m
     said = shown(tmp_path, monkeypatch, capsys)
     assert "of an earlier start" not in said
     assert ": rank 1 of 2 failed; the others were stopped." in said
+
+
+def test_what_an_attempt_has_left_goes_into_its_folder_before_the_next(logs):
+    assert (attempts.begin(logs), attempts.begin(logs)) == (1, 2)
+    for rank in range(2):
+        speak(logs, rank, "of the second attempt", 1)
+        RankFiles(logs, rank).state.write_text(state(rank).json())
+        RankFiles(logs, rank).stacks.write_text("of the second attempt")
+    (logs / post_mortem.FILE).write_text("of the second attempt")
+    post_mortem.put_away(logs)
+    assert attempts.begin(logs) == 3
+    left = {str(path.relative_to(logs)) for path in logs.rglob("*") if path.is_file()}
+    names = [post_mortem.FILE, *(f"{kind}-rank-{rank}.txt" for kind in ("failed", "stacks") for rank in range(2))]
+    assert left == {f"attempt-2/{name}" for name in names}
+
+
+def test_where_ranks_start_by_themselves_the_first_puts_away_what_no_other_can_have_written_yet(logs):
+    attempts.begin(logs)
+    (logs / post_mortem.FILE).write_text("of the first attempt")
+    RankFiles(logs, 1).stacks.write_text("of the first attempt")
+    speak(logs, 1, "of this start already", 1)
+    with recorded(logs, 0, 2):
+        pass
+    left = {str(path.relative_to(logs)) for path in logs.rglob("*") if path.is_file()}
+    assert left == {f"attempt-1/{post_mortem.FILE}", "attempt-1/stacks-rank-1.txt", "failed-rank-1.txt"}
+
+
+def test_a_job_script_names_the_logs_of_the_attempt_that_failed_and_of_no_other(tmp_path, logs, monkeypatch, capsys):
+    for attempt in (1, 2):
+        attempts.begin(logs)
+        RankFiles(logs, 0, attempt).log.write_text("said\n")
+    RankFiles(logs, 0).state.write_text(replace(state(0), attempt=2).json())
+    said = shown(tmp_path, monkeypatch, capsys)
+    assert f"files in {logs}: attempt-2/rank-0.log\n" in said
+    RankFiles(logs, 0).state.write_text(state(0).json())  # of a start that ended before it had a number
+    assert f"files in {logs}: none\n" in shown(tmp_path, monkeypatch, capsys)
 
 
 def test_a_start_of_other_ranks_keeps_what_theirs_have_said(logs):

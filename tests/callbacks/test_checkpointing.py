@@ -212,7 +212,7 @@ class At64(RunCallback):
             self.what(self.run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_waits_until_its_checkpoint_is_there(run, tmp_path, monkeypatch, number):
     handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
     monkeypatch.setattr(rank, "CountDamage", lambda *_: At64(lambda run: signal.raise_signal(number)))
@@ -236,12 +236,21 @@ def test_a_stop_file_stops_once_and_then_the_run_goes_on_as_if_nothing_had_been(
     assert run(160, folder=tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(rank, "CountDamage", lambda *_: At64(lambda run: (run.folder / "stop").touch()))
+        patch.setattr("diffusion_trainer.callbacks.run.STOP_SECONDS", 0)
         assert run(160, "callbacks.checkpoint.every_n_images=1000") == 128 + signal.SIGTERM
     assert names(tmp_path / "run") == [*named(64), "latest"]
     assert not (tmp_path / "run" / "stop").exists()
     assert run(160) == 0
     ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_stop_file_that_comes_with_the_last_step_is_not_the_next_starts(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(rank, "CountDamage", lambda *_: At64(lambda run: (run.folder / "stop").touch()))
+        assert run(64) == 0
+    assert not (tmp_path / "run" / "stop").exists()
+    assert run(96) == 0
 
 
 def test_the_wait_for_a_slow_disk_is_no_hang(run, tmp_path, monkeypatch):
@@ -260,7 +269,7 @@ def test_the_wait_for_a_slow_disk_is_no_hang(run, tmp_path, monkeypatch):
 
 def test_a_run_leaves_nothing_of_its_heartbeat(run, tmp_path):
     assert run(64) == 0
-    assert not list((tmp_path / "run" / "logs").iterdir())
+    assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == ["attempt-1"]
     handler = signal.getsignal(signal.SIGTERM)
     assert run(96) == 0
     assert signal.getsignal(signal.SIGTERM) is handler

@@ -1,0 +1,81 @@
+"""Who tells a run to stop, and how often it looks."""
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from diffusion_trainer.callbacks import run as runs
+from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS, signals_to_stop
+from diffusion_trainer.callbacks.run import STOP, STOP_SECONDS, Run
+
+
+class Folder:
+    """Counts the requests to its file system."""
+
+    def __init__(self):
+        self.looks, self.there = 0, False
+
+    def __truediv__(self, name: str) -> "Folder":
+        assert name == STOP
+        return self
+
+    def exists(self) -> bool:
+        self.looks += 1
+        return self.there
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(runs, "monotonic", lambda: clock.now)
+    return clock
+
+
+def of_rank(rank: int, folder: Folder) -> Run:
+    return Run(folder, None, None, SimpleNamespace(rank=rank), None, None, None)
+
+
+def test_rank_0_looks_for_the_stop_file_every_few_seconds_and_the_others_never(clock):
+    folders = Folder(), Folder()
+    ours = [of_rank(rank, folder) for rank, folder in enumerate(folders)]
+    for _ in range(1000):  # steps of 10 ms
+        assert [run.told_to_stop() for run in ours] == [False, False]
+        clock.now += 0.01
+    assert folders[0].looks == 1 + int(9.99 / STOP_SECONDS)  # the first step's look is one of them
+    assert folders[1].looks == 0
+
+
+def test_it_is_seen_in_time_and_then_no_longer_looked_for(clock):
+    folder = Folder()
+    run = of_rank(0, folder)
+    assert not run.told_to_stop()
+    folder.there = True
+    clock.now += STOP_SECONDS / 2
+    assert not run.told_to_stop()
+    clock.now += STOP_SECONDS / 2
+    assert run.told_to_stop()
+    assert run.stop_signal == signal.SIGTERM
+    for _ in range(10):
+        clock.now += STOP_SECONDS
+        assert run.told_to_stop()
+    assert folder.looks == 2
+
+
+def test_a_signal_needs_no_look(clock):
+    folder = Folder()
+    run = of_rank(0, folder)
+    run.stop_signal = signal.SIGHUP
+    assert run.told_to_stop()
+    assert folder.looks == 0
+
+
+def test_a_terminal_that_goes_stops_a_run_unless_that_was_ruled_out():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert signal.SIGHUP in signals_to_stop()
+        assert signals_to_stop() == list(STOP_SIGNALS)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        assert signals_to_stop() == [s for s in STOP_SIGNALS if s != signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)
