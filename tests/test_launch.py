@@ -83,7 +83,7 @@ def test_arguments_and_exit_code_pass_through(start):
     result = start(3, *arguments)
     assert result.returncode == 3, result.stderr
     assert result.stdout.splitlines() == [
-        "srun --kill-on-bad-exit=1 at 10.0.0.7:21234 cpus 4",
+        "srun --kill-on-bad-exit=1 at 10.0.0.7:25234 cpus 4",
         f"<-P><-m><diffusion_trainer><train><{'><'.join(arguments)}>",
     ]
 
@@ -167,7 +167,7 @@ def test_a_mistake_that_a_killed_start_has_left_is_not_that_of_this_one(start, t
     assert not mistake.exists()
 
 
-@pytest.mark.parametrize(("restarts", "port"), [("", 21234), ("0", 21234), ("1", 29153), ("3", 24991)])
+@pytest.mark.parametrize(("restarts", "port"), [("", 25234), ("0", 25234), ("1", 21153), ("3", 24991)])
 def test_another_start_meets_at_another_port(start, cluster, restarts, port):
     cluster["SLURM_RESTART_COUNT"] = restarts
     assert f" at 10.0.0.7:{port} " in start(0).stdout
