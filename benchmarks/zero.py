@@ -22,15 +22,15 @@ sent           8 P        8 P        8 P        12 P       times (n - 1) / n
 sent       counted where torch dispatches collectives, as rings: (n - 1) / n of the whole tensor for an all-gather or a
            reduce-scatter, twice that for an all-reduce, in the mean once for a broadcast or reduce; mean of the ranks
 wire       what the processes' TCP sockets sent (Linux's count): gloo's reduce-scatter, for one, is an all-reduce
-buckets    allocated for gradients on their way, by DeepSpeed (a constant of its configuration) or DDP
+buckets    allocated for gradients on their way by DeepSpeed, a constant of its configuration (DDP's hold the gradients)
 gathered   the most of stage 3's weights that are whole at a time
 other      all other tensors that Python knows of, at the step
 
-DeepSpeed 0.19 differs from the paper, and a second formula ("DeepSpeed") says how: as it steps it holds the gradients
-of a partition twice (reduced and flat); stage 1 makes the first of these copies beside all gradients; stages 1 and 2
-all-reduce and throw away the rest; stage 3 gathers weights once a step, not twice, as long as all fit its limits. The
-rows "-limits" have limits as a large network meets them: nothing stays gathered, a bucket holds P / 16 gradients.
-"-reduce" reduces to each owner instead.
+A second formula ("DeepSpeed") says what differs from the paper. Stage 1 reduces gradients in the backward pass that
+ends a step, as stage 2 does: with one micro-batch it holds no more; with several it holds all of them between. Autograd
+makes the gradient of a whole parameter before it can go where it belongs: 4 L bytes for the largest, unless a bucket
+holds all until the end. Stage 3 gathers weights once a step, not twice, as long as all fit its limits. The rows
+"-limits" have limits as a large network meets them: nothing stays gathered, a bucket holds P / 16 gradients.
 """
 
 import argparse
@@ -64,23 +64,21 @@ class Row:
     stage: int
     sent: int  # P elements x (n-1)/n, by DeepSpeed's design
     limits: bool = False  # as a large network meets them
-    reduce: bool = False  # stage 2: one reduce for each owner, instead of an all-reduce
 
     def settings(self, parameters: int) -> dict[str, Any]:
         """Of DeepSpeed's zero_optimization."""
         names = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold")
         limits = {**{f"stage3_{name}": 0 for name in names}, "reduce_bucket_size": parameters // 16}
-        return (limits if self.limits else {}) | ({"use_multi_rank_bucket_allreduce": False} if self.reduce else {})
+        return limits if self.limits else {}
 
 
 ROWS = {
     "ddp": Row("ddp", 0, sent=2),
-    "zero1": Row("zero1", 1, sent=3),
-    "zero2": Row("zero2", 2, sent=3),
+    "zero1": Row("zero1", 1, sent=2),
+    "zero2": Row("zero2", 2, sent=2),
     "zero3": Row("zero3", 3, sent=2),
-    "zero1-limits": Row("zero1", 1, sent=3, limits=True),
-    "zero2-limits": Row("zero2", 2, sent=3, limits=True),
-    "zero2-reduce": Row("zero2", 2, sent=2, limits=True, reduce=True),
+    "zero1-limits": Row("zero1", 1, sent=2, limits=True),
+    "zero2-limits": Row("zero2", 2, sent=2, limits=True),
     "zero3-limits": Row("zero3", 3, sent=3, limits=True),
 }
 
@@ -99,14 +97,13 @@ def paper(stage: int, ranks: int, parameters: int, averages: int, activations: f
     }
 
 
-def deepspeed(row: Row, ranks: int, parameters: int, averages: int, activations: float) -> dict[str, float]:
-    """As `paper`, with what DeepSpeed does otherwise."""
+def deepspeed(
+    row: Row, ranks: int, parameters: int, averages: int, activations: float, largest: int
+) -> dict[str, float]:
+    """As `paper`, with what DeepSpeed does otherwise. largest: elements of the largest parameter."""
     whole, result = 4 * parameters, paper(row.stage, ranks, parameters, averages, activations)
-    if row.stage:
-        result["gradients"] = 2 * whole / ranks  # as they were reduced, and flat for the optimizer
-    if row.stage == 1:  # the partition's copy is made beside all gradients but those that are in the bucket
-        bucket = row.settings(parameters).get("reduce_bucket_size", parameters)
-        result["gradients"] = max(whole, whole * (1 + 1 / ranks) - 4 * bucket, result["gradients"])
+    on_the_way = 0 if row.stage in (1, 2) and not row.limits else 4 * largest
+    result["gradients"] = (whole / ranks if row.stage else whole) + on_the_way
     return result | {"sent": row.sent * whole * (ranks - 1) / ranks}
 
 
@@ -115,7 +112,8 @@ def measure(config: Mapping[str, Any], row: Row, world: processes.World) -> dict
     rank.quiet()
     progress, allowed = rank.progress_of(config), config["allowed_targets"]
     settings, strategy, ema = (build(config[name], name, allowed) for name in ("trainer", "strategy", "ema"))
-    parameters, steps = sum(shape.numel() for shape in parameter_shapes(config).values()), Probe.AT + 1
+    numbers = [shape.numel() for shape in parameter_shapes(config).values()]
+    parameters, steps = sum(numbers), Probe.AT + 1
     loader = build(config["data"], "data", allowed).loader(
         Layout(progress.batch_size, world.size, world.rank, 1), progress.seed, progress.lanes, 0, steps
     )
@@ -128,7 +126,7 @@ def measure(config: Mapping[str, Any], row: Row, world: processes.World) -> dict
             trainer.strategy.config["zero_optimization"].update(row.settings(parameters))
         trainer.fit(module, loader)
     return {
-        "ranks": world.size, "parameters": parameters, "averages": len(ema.tracks),
+        "ranks": world.size, "parameters": parameters, "largest": max(numbers), "averages": len(ema.tracks),
         "memory": probe.memory, "sent": probe.sent, "wire": probe.wire,
     }  # fmt: skip
 
@@ -136,7 +134,8 @@ def measure(config: Mapping[str, Any], row: Row, world: processes.World) -> dict
 def compared(name: str, measured: dict[str, Any], activations: float) -> dict[str, Any]:
     """With the formulas beside."""
     row, sizes = ROWS[name], (measured["ranks"], measured["parameters"], measured["averages"], activations)
-    return {"row": name, **measured, "paper": paper(row.stage, *sizes), "deepspeed": deepspeed(row, *sizes)}
+    ours = deepspeed(row, *sizes, measured["largest"])
+    return {"row": name, **measured, "paper": paper(row.stage, *sizes), "deepspeed": ours}
 
 
 def ratio(measured: float, formula: float) -> float:

@@ -219,7 +219,7 @@ class Probe(Callback):
             self.wire = bytes_on_wire() - self.before
 
     def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        if isinstance(trainer.model, DistributedDataParallel):  # its buckets are C++'s
+        if isinstance(trainer.model, DistributedDataParallel) and not trainer.model.gradient_as_bucket_view:  # C++'s
             sizes = trainer.model._get_ddp_logging_data()["rebuilt_bucket_sizes"]
             self.peak["buckets"] = sum(int(size) for size in sizes.split(","))
             # The step is looked at after the backward pass: Python knows views of them then, in a list of DDP's.

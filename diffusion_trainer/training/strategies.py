@@ -1,13 +1,12 @@
-"""How a run is spread over processes. The only file that knows DeepSpeed.
-
-Trap numbers below are findings about Lightning 2.6 and DeepSpeed 0.19, each met by a test.
-"""
+"""How a run is spread over processes. The only file that knows DeepSpeed: 0.19's internals, each held by a test."""
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
+from types import MethodType
 from typing import Any
 
 import torch
@@ -57,7 +56,9 @@ class Ddp(Strategy):
 
     def lightning(self, device: str) -> LightningStrategy:
         _default_timeout(self.timeout_seconds)
-        return DDPStrategy(process_group_backend=_backend(device), timeout=timedelta(seconds=self.timeout_seconds))
+        timeout = timedelta(seconds=self.timeout_seconds)
+        # Gradients lie in the buckets that they are reduced in, not beside them.
+        return DDPStrategy(process_group_backend=_backend(device), timeout=timeout, gradient_as_bucket_view=True)
 
     def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
         return Replicated(model, trainer.optimizers[0])
@@ -100,12 +101,15 @@ class Zero(Strategy):
             process_group_backend=_backend(device),
             timeout=timedelta(seconds=self.timeout_seconds),
             logging_batch_size_per_gpu=1,  # only for DeepSpeed's own log; the loader has no batch_sampler to read
-            overlap_comm=device != "cpu",
+            # In stage 1 it means, too, that gradients leave in the backward pass that ends a step, not all after it.
+            overlap_comm=device != "cpu" or self.stage == 1,
             offload_optimizer=self.offload_optimizer,
             pin_memory=self.offload_optimizer and device != "cpu",
         )
         # DeepSpeed would insist on its own Adam, which compiles for minutes at the first start; ours keeps the EMA too.
         strategy.config["zero_force_ds_cpu_optimizer"] = False
+        # Else stages 1 and 2 all-reduce gradients, twice the bytes of a reduce to the one rank that keeps them.
+        strategy.config["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
         return strategy
 
     def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
@@ -125,9 +129,45 @@ def _default_timeout(seconds: int) -> None:
 
 
 class _DeepSpeed(DeepSpeedStrategy):
+    def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        engine, zero = super()._setup_model_and_optimizer(*args, **kwargs)
+        if engine.zero_optimization_stage() == 3:
+            _override(zero, _prepare_fp32_grad_for_sub_group=_partition_of_stage_3)
+            return engine, zero
+        _override(zero, allreduce_and_copy=_reduce_to_owner)
+        if not zero.cpu_offload:  # where the flat gradients are the CPU's, and there is one copy on the device
+            _override(zero, _use_compact_grad_partition_buffer=lambda zero, group: True)
+        return engine, zero
+
     def backward(self, closure_loss, optimizer, *args: Any, **kwargs: Any) -> None:
         # Lightning has divided the loss by accumulate_grad_batches; DeepSpeed would once more.
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def _override(zero: Any, **methods: Callable) -> None:
+    for name, method in methods.items():
+        if not callable(getattr(zero, name, None)):
+            raise RuntimeError(f"this DeepSpeed has no {type(zero).__name__}.{name}; the one in constraints.txt has")
+        setattr(zero, name, MethodType(method, zero))
+
+
+def _reduce_to_owner(zero: Any, parts: list[Tensor], dtype: torch.dtype, rank: int, output_bucket: list, **kw) -> None:
+    """DeepSpeed's, which waits for the device before each, for gradients that are not contiguous. Ours are."""
+    kw.pop("log")
+    reduced = zero.allreduce_bucket(parts, dtype, rank=rank, **kw)
+    if rank == distributed_c10d.get_rank(kw["process_group"]):
+        for part, whole, out in zip(parts, zero.unflatten(reduced, parts), output_bucket, strict=True):
+            zero._add_to_grad_partition_buffer(out, whole)
+            part.copy_(whole)
+
+
+def _partition_of_stage_3(zero: Any, group: int) -> None:
+    """DeepSpeed's, which copies gradients that lie one after the other in a buffer, to lie one after the other."""
+    parts, master = zero.averaged_gradients[group], zero.fp32_partitioned_groups_flat[group]
+    places = accumulate((part.nbytes for part in parts), initial=parts[0].data_ptr())
+    if any(part.data_ptr() != place for part, place in zip(parts, places, strict=False)):
+        raise RuntimeError("this DeepSpeed's gradients do not lie in a row; those of the one in constraints.txt do")
+    master.grad, zero.averaged_gradients[group] = parts[0].as_strided(master.shape, (1,)), None
 
 
 class _CpuDeepSpeed(_DeepSpeed):

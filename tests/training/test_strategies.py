@@ -1,9 +1,13 @@
 """Real runs on real processes: every strategy computes the same numbers, and its averages are the closed form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import command, finish
 from spied_runs import SPY, bitwise, largest, spied
+
+from diffusion_trainer.training import strategies
 
 pytestmark = pytest.mark.slow
 
@@ -113,3 +117,37 @@ def test_what_an_objective_has_learned_is_resumed_bitwise(folder, what):
     resumed = spied(folder, f"{what[:3]}-stopped", *constant, started=64)
     assert bitwise(resumed, whole)
     assert resumed["losses"] == whole["losses"][4:]
+
+
+class NoDeepSpeed:
+    """As an optimizer of DeepSpeed, with other internals."""
+
+    allreduce_and_copy = 3
+
+
+@pytest.mark.parametrize("name", ["allreduce_and_copy", "_prepare_fp32_grad_for_sub_group"])
+def test_another_deepspeed_is_an_error_that_names_what_it_lacks(name):
+    with pytest.raises(RuntimeError, match=f"no NoDeepSpeed.{name}; the one in constraints.txt has"):
+        strategies._override(NoDeepSpeed(), **{name: lambda zero: None})
+
+
+def stage_3(*parts):
+    """What _partition_of_stage_3 needs of DeepSpeed's optimizer."""
+    master = torch.zeros(sum(part.numel() for part in parts), requires_grad=True)
+    return SimpleNamespace(averaged_gradients=[list(parts)], fp32_partitioned_groups_flat=[master])
+
+
+def test_gradients_of_a_partition_in_a_row_become_the_masters_without_a_copy():
+    buffer = torch.arange(12.0)
+    zero = stage_3(*buffer[2:9].split([3, 4]))
+    strategies._partition_of_stage_3(zero, 0)
+    (master,) = zero.fp32_partitioned_groups_flat
+    assert torch.equal(master.grad, buffer[2:9])
+    assert master.grad.data_ptr() == buffer[2:].data_ptr()
+
+
+@pytest.mark.parametrize("parts", [(slice(0, 3), slice(4, 9)), (slice(5, 9), slice(0, 5))])
+def test_gradients_elsewhere_are_an_error(parts):
+    buffer = torch.arange(12.0)
+    with pytest.raises(RuntimeError, match="do not lie in a row"):
+        strategies._partition_of_stage_3(stage_3(*(buffer[part] for part in parts)), 0)
