@@ -17,7 +17,7 @@ from diffusion_trainer.streaming.files import pieces as pieces_of
 from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index
 from diffusion_trainer.streaming.remote import Gone, Remote, read
 from diffusion_trainer.streaming.retries import Retries, Sick
-from diffusion_trainer.streaming.stores import LocalStore, Store, is_glob, matching
+from diffusion_trainer.streaming.stores import LocalStore, Store, is_glob, listing, matching
 from diffusion_trainer.streaming.urls import Location, expanded, is_pipe, is_url, located
 
 WITNESSES = 4  # shards that are asked for to see whether a store is up
@@ -86,10 +86,16 @@ class CachedStore(Store):
                 + (" image_sizes=true" if suffix == SIZES else "")
             ) from gone
 
-    def find(self, pattern: str) -> list[Shard]:
-        if not is_url(pattern):
-            return self._local.find(pattern)
-        indexes: dict[Location, dict[str, Shard]] = {}
+    def find(self, *patterns: str) -> list[Shard]:
+        listed, indexes = listing(), {}
+        found = [
+            self._named(pattern, indexes) if is_url(pattern) else self._local.named(pattern, listed)
+            for pattern in patterns
+        ]
+        return [shard for shards in found for shard in shards]
+
+    def _named(self, pattern: str, indexes: dict[Location, dict[str, Shard]]) -> list[Shard]:
+        """indexes: those that were read; more are added."""
         found = [shard for url in expanded(pattern) for shard in self._matching(url, indexes)]
         if self.piece_bytes is None:
             largest = max(found, key=lambda shard: shard.size)

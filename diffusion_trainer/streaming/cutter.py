@@ -7,6 +7,7 @@ from functools import lru_cache
 from diffusion_trainer.streaming.tar import BLOCK, entries, key_and_extension, padded
 
 MAX_LAYOUTS = 4  # of samples of one size: labels of 1, 2 and 3 digits are padded to the same
+MAX_MEMBERS = 64  # of a sample whose layout is learnt: an expression for thousands takes seconds and hundreds of MB
 MAX_SIZES = 1024  # of samples
 Places = Mapping[str, tuple[int, int]]  # extension -> where in the sample the member's data begin and end
 
@@ -49,7 +50,7 @@ class Cutter:
         if self._last.get(size) != found:
             if len(self._last) < MAX_SIZES or size in self._last:
                 self._last[size] = found
-        elif len(known) < MAX_LAYOUTS:
+        elif len(known) < MAX_LAYOUTS and len(found) <= MAX_MEMBERS:
             self._known[size] = [_Layout(found, data), *known]
 
 
@@ -66,7 +67,7 @@ def _pattern(extension: str, start: int, end: int, data: memoryview) -> bytes:
     """Of a plain member's header and all that follows up to the next one's."""
     size = re.escape(bytes(data[start - BLOCK + 124 : start - BLOCK + 136]))
     rest = BLOCK - 257 + padded(end - start)
-    return _NAMED % re.escape(extension.encode()) + size + _REST + rb".{%d}" % rest
+    return _NAMED % (b"(?i:%b)" % re.escape(extension.encode())) + size + _REST + rb".{%d}" % rest
 
 
 def _plain(data: memoryview) -> Places | None:

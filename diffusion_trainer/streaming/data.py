@@ -77,7 +77,7 @@ class ShardData(Data):
         found = {}
         for name, source in chosen.items():
             if source is not None:
-                shards = [shard for pattern in _listed(source.shards) for shard in self.store.find(pattern)]
+                shards = self.store.find(*_listed(source.shards))
                 found[name] = list({shard.url: shard for shard in shards}.values())  # two patterns may name the same
                 if not shards:
                     raise UserError(f"data: source {name} names no shards")

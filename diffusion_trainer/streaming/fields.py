@@ -58,7 +58,10 @@ class Field(ABC):
 
     @abstractmethod
     def decode(self, data: memoryview, out: np.ndarray | None, draws: SampleDraws) -> Any:
-        """Fills `out`, in the shape that `out` has (aspect buckets vary it), or returns the object. Raises Damage."""
+        """Fills `out`, in the shape that `out` has (aspect buckets vary it), or returns the object. Raises Damage.
+
+        The data are overwritten after it has returned: what is kept of them is a copy.
+        """
 
     def decode_all(self, column: Column, out: np.ndarray | None, draws: Draws) -> list:
         """`decode` for each member of a column, out being (n, *shape); Damage if any of them has some."""

@@ -10,6 +10,7 @@ Next to the tars stand `index.json` (wids' layout: one entry a shard), and for e
 import fcntl
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ OFFSETS, CHECKSUMS, SIZES = ".idx", ".crc", ".size"
 KIND = {"__kind__": "wids-shard-index-v1", "wids_version": 1}
 PIECE = 1 << 22  # bytes read at a time
 MAX_SHARD = 1 << 40  # bytes that one may have
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate, which JSON may have and no file's name
 MAX_CRC32 = (1 << 32) - 1
 LARGEST = {  # of the numbers in an entry, as `Shard` has them in order
     "nsamples": MAX_SHARD // BLOCK,
@@ -206,7 +208,7 @@ def _whole(entry: Mapping[str, Any], key: str, most: int) -> int:
 
 def _name(url: Any) -> str:
     """Of a file beside the index, and of no other place."""
-    if not isinstance(url, str) or "/" in url or "\0" in url or url in ("", ".", ".."):
+    if not isinstance(url, str) or _HALF.search(url) or "/" in url or "\0" in url or url in ("", ".", ".."):
         raise ValueError(f"it names {repr(url)[:200]}, which is not beside it; an index holds the names of its folder")
     return url
 
@@ -214,10 +216,13 @@ def _name(url: Any) -> str:
 def _shards(entries: Sequence[Mapping[str, Any]], before: str, after: str) -> list[Shard]:
     """Column by column, what a hundred thousand entries one by one would take seconds for; these find the mistakes."""
     columns = [[entry.get(key) for entry in entries] for key in ("url", *LARGEST)]
-    if not _is_plain(*columns):
-        one_by_one = [shard_of(entry) for entry in entries]
-        return [replace(shard, url=f"{before}{shard.url}{after}") for shard in one_by_one]
-    return list(map(Shard, [f"{before}{name}{after}" for name in columns[0]], *columns[1:]))
+    if _is_plain(*columns):
+        found = list(map(Shard, [f"{before}{name}{after}" for name in columns[0]], *columns[1:]))
+    else:
+        found = [replace(shard, url=f"{before}{shard.url}{after}") for shard in map(shard_of, entries)]
+    if len({shard.url for shard in found}) < len(found):
+        raise ValueError("it names a shard twice")
+    return found
 
 
 def _is_plain(names: Sequence, *numbers: Sequence) -> bool:
@@ -225,7 +230,7 @@ def _is_plain(names: Sequence, *numbers: Sequence) -> bool:
     if {type(name) for name in names} - {str} or {type(n) for column in numbers for n in column} - {int}:
         return False
     letters = "".join(names)
-    if "/" in letters or "\0" in letters or not {"", ".", ".."}.isdisjoint(names):
+    if _HALF.search(letters) or "/" in letters or "\0" in letters or not {"", ".", ".."}.isdisjoint(names):
         return False
     in_bounds = (not c or (min(c) >= 0 and max(c) <= most) for c, most in zip(numbers, LARGEST.values(), strict=True))
     return all(in_bounds) and all(n <= size // BLOCK for n, size in zip(*numbers[:2], strict=True))

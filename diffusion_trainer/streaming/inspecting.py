@@ -67,9 +67,8 @@ def _folders(path: Path) -> list[tuple[Path, Mapping[str, Shard | None]]]:
 
 def _shards_in(folder: Folder) -> dict[str, Shard | None]:
     """By name, those that are there or in the index; None: it is not in the index."""
-    indexed = {name: folder.shard(name) for name in folder.indexed}
-    new = folder.there - indexed.keys() - {INDEX}
-    return {name: None for name in new if not name.startswith(".") and (folder.path / name).is_file()} | indexed
+    new = (name for name in folder.new - {INDEX} if not name.startswith("."))
+    return {name: None for name in new if (folder.path / name).is_file()} | folder.indexed
 
 
 def _matching(path: Path, listed: Callable[[Path], list[tuple[Path, Mapping]]]) -> list[Listed]:

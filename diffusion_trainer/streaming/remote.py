@@ -1,6 +1,7 @@
 """Objects at URLs: fsspec's backends, and the many ways in which they say that something is wrong, in four."""
 
 import errno
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from diffusion_trainer.streaming.urls import is_pipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk of this machine
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}  # botocore's, Google's
+S3_HIDES = " (S3 says so of an object that is not there, too, to those who may not list its bucket)"
 MAX_QUOTED = 300  # characters of somebody else's message
 
 
@@ -101,11 +103,13 @@ class Remote:
     def _run(self, url: str, write: Callable[[bytes], Any]) -> None:
         if not self.allow_pipe:
             raise UserError(f"{url}: it runs a shell command; set allow_pipe=true if that is what you want")
+        _check_named(url)
         pipes.run(url, write, self.timeout_seconds)
 
     def _system(self, url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         """fsspec's file system, which it keeps (a forked process gets its own), and the object's name in it."""
         protocol = url.partition("://")[0]
+        _check_named(f"{url} {self.storage_options}")
         try:
             options = options_of(protocol, self.timeout_seconds, self.storage_options)
             with _translated(url):
@@ -114,6 +118,12 @@ class Remote:
             extra = EXTRAS.get(protocol)
             needed = f"pip install 'diffusion-trainer[{extra}]'" if extra else str(error)
             raise UserError(f"{url}: what opens {protocol}:// is not installed; {needed}") from error
+
+
+def _check_named(text: str) -> None:
+    """UserError if it has the name of a variable where its value should be: this environment has none."""
+    if missing := re.search(r"\$\{oc\.env:(\w+)", text):
+        raise UserError(f"export {missing[1]}=... first: the shards' URL, or data.store.storage_options, names it")
 
 
 def read(remote: Remote, retries: Retries, url: str, parse: Callable[[bytes], Result]) -> Result:
@@ -203,8 +213,8 @@ def _translation(url: str, error: Exception) -> Exception:
     forbidden = isinstance(error, PermissionError) or status in (401, 403, 407) or str(error).startswith("Forbidden")
     if forbidden or type(error).__name__ in NO_CREDENTIALS:
         return UserError(
-            f"{url} may not be read ({said}): check the credentials, from the environment or storage_options. "
-            "(S3 says so of an object that is not there, too, to those who may not list its bucket)"
+            f"{url} may not be read or written ({said}): check the credentials, in the environment or storage_options."
+            + S3_HIDES * url.startswith("s3")
         )
     if isinstance(error, TypeError) or type(error) is ValueError:  # not its subclasses: JSON that a sick store sent
         return UserError(f"{url}: {said}; is the URL right, and do the storage_options fit it?")

@@ -54,9 +54,9 @@ class Samples:
         size = offsets[i + 1] - first
         if size > self.max_bytes:
             raise TooLarge(f"it has {size} bytes, more than data.max_sample_bytes={self.max_bytes}")
-        if at + size > len(self._buffer):
-            if at:
-                return None
+        if at and at + size > BLOCK_BYTES:
+            return None
+        if size > len(self._buffer):
             self._buffer = memoryview(bytearray(2 * size))
         data = self._buffer[at : at + size]
         self.store.read(self.shards[k], first, data)

@@ -1,5 +1,6 @@
 """Where the bytes of shards are."""
 
+import errno
 import fnmatch
 import glob
 import os
@@ -17,6 +18,7 @@ from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, 
 from diffusion_trainer.streaming.retries import AGAIN
 from diffusion_trainer.streaming.urls import expanded
 
+MISTAKES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # waiting mends none of them
 MAX_OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # files of one process
 
 
@@ -35,9 +37,12 @@ class Store(ABC):
         """The index file beside the shard, `.idx` or `.crc`; UserError if there is none."""
 
     @abstractmethod
-    def find(self, pattern: str) -> list[Shard]:
-        """The indexed shards that a path, glob (*) or brace pattern ({000..007}) names, in order; UserError if there is
-        none, or one without index. A shard of the index that is not there is damage, found when it is read."""
+    def find(self, *patterns: str) -> list[Shard]:
+        """The indexed shards that paths, globs (*) or brace patterns ({000..007}) name, in order.
+
+        UserError if one names none, or one without index. A shard of the index that is not there is damage, found when
+        it is read.
+        """
 
     def ahead(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
         """(shard, first byte, last byte) will be asked for soon; returns at once."""
@@ -80,17 +85,26 @@ class LocalStore(Store):
             os.close(self._files.popitem(last=False)[1])
         return descriptor
 
-    def find(self, pattern: str) -> list[Shard]:
+    def find(self, *patterns: str) -> list[Shard]:
+        listed = listing()
+        return [shard for pattern in patterns for shard in self.named(pattern, listed)]
+
+    def named(self, pattern: str, listed: "Listing") -> list[Shard]:
+        """`find` of one pattern."""
         if "://" in pattern or pattern.startswith("pipe:"):
             raise UserError(
                 f"shards: {pattern} is not a local path; use data=remote data.store.cache=<a folder on this node>"
             )
-        listed = cache(lambda folder: folders(Path(folder)))  # braces may name a hundred thousand of one
         names = expanded(pattern)
         try:
             return [shard for name in names for shard in _matching(name, listed)]
         except OSError as error:
-            raise ill(pattern, error) from error
+            if error.errno in MISTAKES:
+                raise UserError(
+                    f"shards: {error.filename or pattern} cannot be read ({error.strerror}): check its name and "
+                    "permissions"
+                ) from error
+            raise ill(error.filename or pattern, error) from error
 
     def sidecar(self, shard: Shard, suffix: str) -> bytes:
         try:
@@ -116,16 +130,13 @@ class Folder:
         self._names = set(os.listdir(path))
 
     @cached_property
-    def there(self) -> set[str]:
-        return _without_sidecars(self._names)
-
-    @cached_property
     def new(self) -> set[str]:
         """What is there and not in the index."""
-        return _without_sidecars(self._names - self.indexed.keys())
+        names = self._names - self.indexed.keys()
+        return {name for name in names if not name.endswith((OFFSETS, CHECKSUMS, SIZES))}
 
-    def shard(self, name: str) -> Shard:
-        return self.indexed[name]
+
+Listing = Callable[[str], list[Folder]]
 
 
 def _indexed(path: Path) -> dict[str, Shard]:
@@ -134,14 +145,15 @@ def _indexed(path: Path) -> dict[str, Shard]:
     return {shard.url[len(before) :]: shard for shard in listed}
 
 
-def _without_sidecars(names: Iterable[str]) -> set[str]:
-    return {name for name in names if not name.endswith((OFFSETS, CHECKSUMS, SIZES))}
-
-
 def folders(path: Path) -> list[Folder]:
     """Those that a path or glob names, in order."""
     named = [path] if path.is_dir() else [Path(p) for p in glob.glob(str(path), recursive=True)]
     return [Folder(p) for p in sorted(named) if p.is_dir()]  # `**` names files, too
+
+
+def listing() -> "Listing":
+    """`folders`, each of which is looked at once: patterns may name a hundred thousand shards of one."""
+    return cache(lambda folder: folders(Path(folder)))
 
 
 def is_glob(name: str) -> bool:
@@ -155,7 +167,7 @@ def matching(names: Collection[str], pattern: str) -> list[str]:
     return [pattern] if pattern in names else []
 
 
-def _matching(pattern: str, listed: Callable[[str], list[Folder]]) -> list[Shard]:
+def _matching(pattern: str, listed: Listing) -> list[Shard]:
     before, slash, last = pattern.rpartition("/")
     found: list[Shard] = []
     for folder in listed(before + slash):

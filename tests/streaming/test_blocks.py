@@ -21,7 +21,7 @@ from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.stores import LocalStore
 
 SHAPE = (2, 3)
-FIELDS = {"image": Array(SHAPE), "label": Label(num_classes=1000), "caption": Text()}
+FIELDS = {"image": Array(SHAPE), "label": Label(num_classes=1000), "caption": Text(), "drawn": making.Text()}
 
 
 def values(n: int, dtype=np.float16, order: str = "C") -> np.ndarray:
@@ -121,8 +121,13 @@ def test_a_block_has_as_many_samples_as_fit_and_at_least_one(tmp_path, monkeypat
     monkeypatch.setattr(samples_module, "BLOCK_BYTES", 3 * size + 100)
     read = opened(str(tmp_path), ["plain"] * 8)
     assert [len(read.block([(0, i) for i in range(first, 8)])) for first in (0, 6)] == [3, 2]
+    large = member("k/large.npy", bytes(20 * size)) + b"".join(plain(n) for n in range(8))
+    (tmp_path / "large").mkdir()
+    shard = making.indexed(tmp_path / "large" / "x-000.tar", large + END)
+    read = Samples(LocalStore().find(f"{tmp_path}/large/{shard.url}"), LocalStore(), 1 << 20)
+    assert [len(read.block([(0, i) for i in range(first, 9)])) for first in (0, 1)] == [1, 3]  # a larger one but once
     monkeypatch.setattr(samples_module, "BLOCK_BYTES", 1)
-    assert len(opened(str(tmp_path), ["plain"] * 8).block([(0, i) for i in range(8)])) == 2  # twice a sample, then
+    assert len(opened(str(tmp_path), ["plain"] * 8).block([(0, i) for i in range(8)])) == 1
 
 
 def test_columns_say_where_members_are_and_whether_evenly():

@@ -8,7 +8,7 @@ import pytest
 from streaming.making import END, header, member, pax, python_tar, shard_bytes
 
 from diffusion_trainer.streaming import cutter
-from diffusion_trainer.streaming.cutter import MAX_LAYOUTS, Cutter
+from diffusion_trainer.streaming.cutter import MAX_LAYOUTS, MAX_MEMBERS, Cutter
 from diffusion_trainer.streaming.damage import Truncated
 from diffusion_trainer.streaming.tar import key_and_extension, members
 
@@ -182,3 +182,18 @@ def test_a_member_that_ends_beyond_its_sample_is_damage(size):
     for cut in (Cutter(), learnt(member("b.x", b"1" * 512))):
         with pytest.raises(Truncated):
             cut(memoryview(member("a.x", b"1" * 512))[:size])
+
+
+def test_letters_of_either_case_take_the_short_cut():
+    cut = learnt(member("k/a.NPY"))
+    assert matches(cut, member("k/b.NPY"))
+    assert matches(cut, member("k/b.npy"))
+    assert list(cut(memoryview(member("k/c.Npy")))) == ["npy"]
+    assert [len(layouts) for layouts in cut._known.values()] == [1]
+
+
+def test_nothing_is_learnt_of_samples_with_very_many_members():
+    """An expression for them would take seconds and hundreds of megabytes."""
+    sample = b"".join(member(f"k.{n}") for n in range(MAX_MEMBERS + 1))
+    assert not learnt(sample)._known
+    assert len(learnt(sample[:-512])._known) == 1

@@ -18,7 +18,7 @@ from streaming.making import END, gnu_tar, member, npy, pax, python_tar, shard_b
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadArchive, Damage, Truncated
-from diffusion_trainer.streaming.index import Scan, Shard, parse_index, read_index, scan, write_index
+from diffusion_trainer.streaming.index import Scan, Shard, entry_of, parse_index, read_index, scan, write_index
 from diffusion_trainer.streaming.tar import key_and_extension
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -234,7 +234,7 @@ LIES = {
     "crc32": [-1, 1 << 32, "abc", float("inf"), None],
     "offsets": [-1, 1 << 32, "abc", float("inf"), False],
     "checksums": [-1, 1 << 32, "abc", float("inf"), False],
-    "url": [None, 5, "", ".", "..", "x\0.tar", "../x.tar", "/x.tar", "a/x.tar", ["x.tar"]],
+    "url": [None, 5, "", ".", "..", "x\0.tar", "../x.tar", "/x.tar", "a/x.tar", ["x.tar"], "\ud800.tar"],
 }
 
 
@@ -244,6 +244,13 @@ def test_an_index_that_lies_is_refused_with_the_command(key, value):
     assert parse_index(json.dumps({"shardlist": [entry]}).encode(), "here") == [Shard("x.tar", 2, 2048, 7, 9, 8)]
     with pytest.raises(UserError, match=r"here is no index of shards .*diffusion-trainer index"):
         parse_index(json.dumps({"shardlist": [entry | {key: value}]}).encode(), "here")
+
+
+def test_an_index_that_names_a_shard_twice_is_refused():
+    """Either may be true."""
+    entries = [entry_of(Shard("x.tar", samples, 4096, 1)) for samples in (1, 3)]
+    with pytest.raises(UserError, match="names a shard twice"):
+        parse_index(json.dumps({"shardlist": entries}).encode(), "here")
 
 
 @pytest.mark.parametrize("format", ["gnu", "oldgnu", "pax"])

@@ -104,6 +104,20 @@ def test_to_find_many_shards_takes_one_request(pattern, sets, tmp_path):
     assert all(shard.url.startswith(f"{server.url}/set/") for shard in found)
 
 
+def test_a_list_of_many_shards_takes_one_look_at_their_folder(sets, tmp_path, monkeypatch):
+    names = [f"x-{k:06d}.tar" for k in range(FEW)]
+    with counting(monkeypatch) as calls:
+        data = shard_data([f"{sets[MANY]}/{name}" for name in names])
+        assert len(data.by_source["shards"]) == FEW
+    assert calls["listdir "] == calls["open .json"] == 1
+    with serving() as server:
+        server.files["/set/index.json"] = (sets[MANY] / INDEX).read_bytes()
+        mixed = [*(f"{server.url}/set/{name}" for name in names), *(str(sets[MANY] / name) for name in names)]
+        found = CachedStore(str(tmp_path), 1 << 20).find(*mixed)
+        assert [shard.url for shard in found] == mixed
+        assert server.requests == [("GET", "/set/index.json")]
+
+
 def calls_of(function: Callable, *arguments) -> int:
     """Python functions that it enters."""
     count = 0
@@ -153,7 +167,8 @@ VALUES = {
 @st.composite
 def listed(draw) -> list[dict]:
     """Entries of an index, most of them right, some not, and some without a key."""
-    entries = [{key: values[0] for key, values in VALUES.items()} for _ in range(draw(st.integers(0, 4)))]
+    usual = {key: values[0] for key, values in VALUES.items()}
+    entries = [usual | {"url": f"{k}.tar"} for k in range(draw(st.integers(0, 4)))]
     for entry in draw(st.lists(st.sampled_from(entries), max_size=3)) if entries else []:
         key = draw(st.sampled_from(list(VALUES)))
         entry[key] = draw(st.sampled_from(VALUES[key]))
@@ -168,6 +183,8 @@ def test_an_index_is_taken_as_its_entries_are_one_by_one(entries):
     data = json.dumps({"shardlist": entries}).encode()
     try:
         expected = [shard_of(entry) for entry in json.loads(data)["shardlist"]]
+        if len({shard.url for shard in expected}) < len(expected):
+            raise ValueError("one twice")
     except (ValueError, TypeError, KeyError):
         with pytest.raises(UserError, match="is no index of shards"):
             parse_index(data, "here")

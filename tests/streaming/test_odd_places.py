@@ -109,6 +109,17 @@ def test_a_folder_that_cannot_be_listed_is_a_file_system_that_is_ill(folder, mon
         LocalStore().find(f"{folder}/*.tar")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP])
+def test_what_waiting_does_not_mend_is_the_users_to_mend(number, folder, monkeypatch):
+    def refused(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "listdir", refused)
+    with pytest.raises(UserError, match=f"{folder} cannot be read") as told:
+        LocalStore().find(f"{folder}/*.tar")
+    assert not isinstance(told.value, PassingError)
+
+
 class Redirecting(Handler):
     def do_GET(self):
         if not self.path.startswith("/old"):
