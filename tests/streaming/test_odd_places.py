@@ -191,8 +191,9 @@ def test_whatever_a_store_says_when_it_is_written_to_is_told(error, said, tries,
         raise error
 
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "_open", ill)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as told:
         RemoteSite("memory://d/x.tar", Remote(20.0), Retries(3, 0.001)).put("x.tar.idx", b"1")
+    assert isinstance(told.value, PassingError) == (tries > 1)
     assert opened == ["wb"] * tries
 
 
