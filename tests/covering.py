@@ -21,7 +21,7 @@ def covering_array(factors: Mapping[str, Sequence[str]], allowed: Callable[[Row]
     rows = []
     for pair in sorted(uncovered, key=sorted):
         if pair in uncovered:
-            row = _completed(dict(pair), factors, allowed, uncovered)
+            row = _completed(dict(sorted(pair)), factors, allowed, uncovered)  # workers of pytest must agree
             if row is None:  # the pair is allowed, but nothing goes with it
                 raise AssertionError(f"no row can hold {dict(pair)}")
             rows.append(row)

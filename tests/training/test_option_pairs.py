@@ -51,7 +51,7 @@ def scored(run):
         return [(row["images_seen"], row["eval/fid"]) for row in csv.DictReader(file) if row.get("eval/fid")]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()))
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row[factor] for factor in FACTORS))
 def test_every_pair_goes_on_bitwise_from_its_own_checkpoint(folder, row):
     name = f"pair-{ROWS.index(row)}"
     options = [f"{key}={value}" for key, value in row.items()]
