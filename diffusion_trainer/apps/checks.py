@@ -11,7 +11,7 @@ from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts
 from diffusion_trainer.callbacks.evaluating import Evaluating
 from diffusion_trainer.callbacks.heartbeat import Heartbeat
-from diffusion_trainer.callbacks.redaction import kept, literal
+from diffusion_trainer.callbacks.redaction import literal, unset
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conditioning.unconditional import Unconditional
 from diffusion_trainer.conventions import UserError
@@ -58,10 +58,12 @@ def _without_strays(data: Data) -> dict[str, Any]:
 
 
 def check_secrets(config: Mapping[str, Any]) -> None:
-    """UserError where a secret stands in the configuration, which is written into files: the run's folder, Weights &
-    Biases, a job's script.
+    """UserError where a secret stands in the configuration, which is written into files (the run's folder, Weights &
+    Biases, a job's script), or where the variable that it names is not there.
     """
-    where = list(literal(kept(config)))
+    for key, name in unset(config):
+        raise UserError(f"export {name}=... first: {key} names it")
+    where = list(literal(config))
     if where:
         raise UserError(
             f"{', '.join(where)}: a password, key or signature would be written into files. Put it into an environment "

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback
+
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.callbacks.evaluating import owed
-from diffusion_trainer.callbacks.redaction import kept
+from diffusion_trainer.callbacks.redaction import filled
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
@@ -21,7 +23,7 @@ def trained(config: Mapping[str, Any]) -> bool:
     if not (folder / "config.yaml").is_file():
         return False
     try:
-        there, ours = configuration.read(folder / "config.yaml"), kept(config)
+        there, ours = filled(configuration.read(folder / "config.yaml")), filled(config)
         if there != {name: ours[name] for name in there if name in ours}:
             return False
         return at_its_end(config, folder) is not None
@@ -37,6 +39,18 @@ def at_its_end(config: Mapping[str, Any], folder: Path) -> int | None:
     checkpoint = checkpoints.resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
     if checkpoint is None or checkpoint.images_seen < config["num_images"]:
         return None
+    return None if owed(callbacks_of(config), folder, checkpoint) else checkpoint.images_seen
+
+
+def nothing_left(config: Mapping[str, Any], folder: Path, say: bool) -> bool:
+    """Whether the run in the folder is `at_its_end`; say: and tell it."""
+    done = at_its_end(config, folder)
+    if done is not None and say:
+        print(f"  already at {done:,} images; a larger num_images trains on", flush=True)
+    return done is not None
+
+
+def callbacks_of(config: Mapping[str, Any]) -> list[Callback]:
+    """As the configuration has them."""
     nodes = {name: node for name, node in config["callbacks"].items() if node is not None}
-    callbacks = [build(node, f"callbacks.{name}", config["allowed_targets"]) for name, node in nodes.items()]
-    return None if owed(callbacks, folder, checkpoint) else checkpoint.images_seen
+    return [build(node, f"callbacks.{name}", config["allowed_targets"]) for name, node in nodes.items()]

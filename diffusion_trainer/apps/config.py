@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffusion_trainer.apps.keys import CONF, advice
 from diffusion_trainer.apps.nodes import Schema, check, hint
-from diffusion_trainer.callbacks.redaction import kept
+from diffusion_trainer.callbacks.redaction import literally, mapped, referring, written_out
 from diffusion_trainer.conventions import UserError
 
 
@@ -47,18 +47,24 @@ def load(verb: str, overrides: Sequence[str], schema: type[Schema], known: Mappi
     chosen = {o.key_or_group for o in choices}
     for name, node in (known or {}).items():
         if name not in chosen:
-            OmegaConf.update(config, name, node, merge=False, force_add=True)
+            OmegaConf.update(config, name, mapped(node, literally), merge=False, force_add=True)
     values = [o for o in parsed if o not in choices]
     _check_keys(config, values)
     for o in values:
         OmegaConf.update(config, o.key_or_group, o.value(), merge=True, force_add=True)
-    try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {_first_line(error)}") from error
+    plain = _resolved(config)
     plain = {k: v for k, v in plain.items() if k != "experiment"}
     check(plain, schema)
     return plain
+
+
+def _resolved(config) -> dict:
+    """But for what names secrets: that is for `build`."""
+    try:
+        kept = OmegaConf.create(mapped(OmegaConf.to_container(config, resolve=False), referring))
+        return OmegaConf.to_container(kept, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {_first_line(error)}") from error
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -68,6 +74,11 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             raise UserError(f"{o.input_line}: several values are a sweep; add -m to run them one after the other")
         if o.is_delete():
             raise UserError(f"{o.input_line}: nothing can be deleted; set it to null instead")
+        if name := next(written_out(o.value(), o.key_or_group), None):
+            raise UserError(
+                f"{o.key_or_group}: the value of {name} stands there, and would in files: write "
+                f"'${{oc.env:{name}}}' in single quotes so that the shell leaves it alone"
+            )
     return parsed
 
 
@@ -233,8 +244,8 @@ def _first_line(error: Exception) -> str:
 
 
 def dump(config: Mapping[str, Any]) -> str:
-    """As YAML, in its own order; secrets by the names of their variables, which `build` reads."""
-    return yaml.safe_dump(kept(config), sort_keys=False, default_flow_style=None, width=120)
+    """As YAML, in its own order."""
+    return yaml.safe_dump(dict(config), sort_keys=False, default_flow_style=None, width=120)
 
 
 def read(path: Path) -> dict:

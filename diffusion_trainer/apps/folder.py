@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_trainer.apps.config import dump, read
-from diffusion_trainer.callbacks.redaction import kept
+from diffusion_trainer.callbacks.redaction import filled
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
 
@@ -84,7 +84,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder} is not empty and holds no run ({strangers[0]}, ...); choose another name=... or folder=..."
             )
         return
-    changes = differences(read(folder / "config.yaml"), kept(config))
+    changes = differences(read(folder / "config.yaml"), config)
     if not changes:
         return
     shown = "\n".join(f"  {line}" for line in changes[:10]) + ("\n  ..." if len(changes) > 10 else "")
@@ -104,13 +104,13 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """One line for each value that differs and may not."""
+    """One line for each value that differs and may not; it is what the environment makes of it that is compared."""
     if any(fnmatchcase(path, free) for free in (*MAY_CHANGE, *MAY_CHANGE_INSIDE)):
         return []
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = list(dict.fromkeys([*old, *new]))
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
-    return [] if old == new else [f"{path}: {old} there, {new} here"]
+    return [] if filled(old) == filled(new) else [f"{path}: {old} there, {new} here"]
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

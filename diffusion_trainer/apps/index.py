@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import Schema
+from diffusion_trainer.callbacks.redaction import filled
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES
 from diffusion_trainer.streaming.indexing import Report, index
@@ -66,7 +67,8 @@ def files(patterns: Sequence[str]) -> list[Path]:
 def sites(patterns: Sequence[str], config: dict) -> list[Path | Site]:
     """The shards that paths, URLs, globs and braces name; UserError if one names none."""
     try:
-        remote, retries = Remote(config["timeout_seconds"], config["storage_options"]), Retries(config["retries"], 0.5)
+        remote = Remote(config["timeout_seconds"], filled(config["storage_options"]))
+        retries = Retries(config["retries"], 0.5)
     except ValueError as error:
         raise UserError(str(error)) from error
     out = Path(config["out"]) if config["out"] else None

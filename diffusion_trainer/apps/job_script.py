@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion_trainer.apps.config import CONF
 from diffusion_trainer.apps.nodes import Schema
+from diffusion_trainer.callbacks.redaction import NAME, REFERENCE, strings
 
 TEMPLATE = CONF.parent / "launch" / "train.sbatch"
 BEGIN, END = "# Set-up\n", "# End of the set-up\n"
@@ -20,7 +21,6 @@ OURS = {  # sbatch's names -> what says it here
 }  # fmt: skip
 FIXED = ("output", "error", "open-mode", "requeue", "no-requeue", "array", "wrap", "ntasks", "parsable")
 UNSAFE = r"[^\w./+=,@:%-]"  # characters that sbatch may read as something else
-SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 
 
 class SubmitConfig(Schema):
@@ -146,6 +146,9 @@ def mistakes(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("container", "python"):
         if "\n" in (config[key] or ""):
             yield f"{key} must be one line"
+    for key, text in strings({key: config[key] for key in ("setup", "environment", "container")}):
+        if REFERENCE.search(text):
+            yield f"{key}: secrets are not written into files; say '$NAME' in setup, which the job's shell reads"
 
 
 def _mistakes_of_time(time: int | str, lead: int) -> Iterator[str]:
@@ -182,7 +185,7 @@ def _mistakes_of_environment(environment: Mapping[str, Any]) -> Iterator[str]:
     for name, value in environment.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield f"environment.{name}: a variable's name has letters, digits and _ only"
-        elif SECRET.search(name):
+        elif NAME.search(name):
             yield f"environment.{name}: secrets are not written into files; export it in the shell that submits"
         elif isinstance(value, dict | list | None | bool):
             yield f"environment.{name}={value}: quote the text that it is to be"

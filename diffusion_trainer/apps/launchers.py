@@ -58,8 +58,7 @@ class LocalPoint(Started):
         return code if code is None or code >= 0 else 128 - code
 
     def stop(self, number: int) -> None:
-        """The end of a login session comes as SIGTERM: SIGHUP would end a run's parent at once, its ranks after it."""
-        self.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        self.process.send_signal(number)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from traceback import format_exception_only, format_tb
 from typing import TextIO
 
 from diffusion_trainer.callbacks import attempts
+from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS
 from diffusion_trainer.callbacks.last_words import (
     HANG,
     STARVED,
@@ -130,10 +131,13 @@ def _rank_of(path: Path) -> int:
 
 
 def ending(code: int) -> str:
-    """In words: an exit code, negative for a signal."""
-    if code < 0:
-        hint = " (perhaps the memory did not suffice)" if -code == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(-code).name}{hint}"
+    """In words: an exit code, for a signal negative, or 128 more, as a shell has it."""
+    number = -code if code < 0 else code - 128
+    if number in STOP_SIGNALS:
+        return f"was told to stop by {signal.Signals(number).name}"
+    if number in set(signal.Signals):
+        hint = " (perhaps the memory did not suffice)" if number == signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(number).name}{hint}"
     return "hung" if code == HUNG else f"failed with exit code {code}"
 
 
@@ -144,13 +148,14 @@ def screen(
     world: int,
     command: Sequence[str] = (),
     attempt: int | None = None,
+    code: int = -signal.SIGKILL,
 ) -> str:
     """One screen. codes: as for `culprit`; command: what started the run, and goes on with it; attempt: the start that
-    ended so, if that is known.
+    ended so, if that is known; code: how that start ended, where no rank can be blamed.
     """
     logs = folder / LOGS
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    who = "no rank has left a word: killed (perhaps the memory did not suffice)"
+    who = f"no rank has left a word; it {ending(code)}"
     if blame:
         who = f"rank {blame.rank} of {world} {blame.how}; the others were stopped"
     rank = blame.rank if blame else None
@@ -205,7 +210,9 @@ def tell(folder: Path, text: str, file: TextIO) -> None:
 
 
 def main() -> None:
-    """Nothing if no rank has left a file: the run did not fail. How many ranks there were is in what they have left."""
+    """Nothing if no rank has left a file: the run did not fail. How many ranks there were is in what they have left.
+    A job script may give the exit code of the run as well.
+    """
     folder = Path(sys.argv[1])
     logs = folder / LOGS
     ranks = {_rank_of(path) for path in _left(logs)}
@@ -213,7 +220,9 @@ def main() -> None:
     world = max([1, *(state.world for state in states), *(rank + 1 for rank in ranks)])
     attempt = max((state.attempt for state in states if state.attempt is not None), default=None)
     if ranks:
-        tell(folder, screen(folder, culprit(logs, {}, world), {}, world, attempt=attempt), sys.stdout)
+        code = int(sys.argv[2]) if sys.argv[2:] else -signal.SIGKILL
+        text = screen(folder, culprit(logs, {}, world), {}, world, attempt=attempt, code=code)
+        tell(folder, text, sys.stdout)
 
 
 if __name__ == "__main__":

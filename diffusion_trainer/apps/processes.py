@@ -97,9 +97,10 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
     """Runs `count` processes `python <arguments>` as ranks of one world; returns the exit code of the run.
 
     Rank 0 writes to this terminal (and to its log: apps/rank.py), rank r to <logs>/attempt-<n>/rank-<r>.log, as does
-    its traceback. Ctrl-C and the other signals to stop go to all ranks; a third one kills them, but for SIGHUP: a
-    terminal that goes may send it several times. When a rank fails, the others are asked to stop, then killed, and a
-    post-mortem is printed and written to <logs>/post-mortem.txt. inherited: descriptors that the ranks keep open.
+    its traceback. Ctrl-C and the other signals to stop go to all ranks; a third one kills them; SIGHUP does not
+    count, which a terminal that goes may send several times. When a rank fails, the others are asked to stop, then
+    killed, and a post-mortem is printed and written to <logs>/post-mortem.txt. inherited: descriptors that the ranks
+    keep open.
     """
     post_mortem.put_away(logs)
     attempt = attempts.begin(logs)
@@ -118,7 +119,7 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
 
     def forward(number: int, frame) -> None:
         received.append(number)
-        impatient = number != signal.SIGHUP and len(received) >= 3
+        impatient = number != signal.SIGHUP and sum(n != signal.SIGHUP for n in received) >= 3
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL if impatient else number)

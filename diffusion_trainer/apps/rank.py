@@ -15,18 +15,17 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import distributed
 
 import diffusion_trainer
+from diffusion_trainer.apps import completion, initial, post_mortem, processes
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import initial, post_mortem, processes
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.apps.parts import Parts, dtype_of, generator_of
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.attempts import Start, printing
 from diffusion_trainer.callbacks.damage import CountDamage
-from diffusion_trainer.callbacks.evaluating import owed
 from diffusion_trainer.callbacks.observing import Observing
-from diffusion_trainer.callbacks.redaction import kept, redacted
-from diffusion_trainer.callbacks.run import Run, RunCallback, in_turn
+from diffusion_trainer.callbacks.redaction import redacted
+from diffusion_trainer.callbacks.run import Run, in_turn
 from diffusion_trainer.callbacks.scaling import Scaling
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.loader import Layout
@@ -40,6 +39,8 @@ from diffusion_trainer.training.trainer import resume_counters
 def work(config: Mapping[str, Any], folder: Path, world: World) -> int:
     """Trains; the exit code. What it prints, and what it fails with, is in the folder's logs, too."""
     quiet()
+    if completion.nothing_left(config, folder, world.rank == 0):
+        return 0
     logs = folder / post_mortem.LOGS
     with printing() as log, post_mortem.recorded(logs, world.rank, world.size):
         start = Start(log, logs, world.rank)
@@ -54,24 +55,13 @@ def _train(config: Mapping[str, Any], folder: Path, world: World, start: Start) 
         build(config["strategy"], "strategy", config["allowed_targets"]),
     )
     module = module_of(config, folder, progress, trainer_settings.device())
-    checkpoint = checkpoints.resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
-    started_at = checkpoint.images_seen if checkpoint else 0
-    callbacks = [
-        build(node, f"callbacks.{name}", config["allowed_targets"])
-        for name, node in config["callbacks"].items()
-        if node is not None
-    ]
-    if started_at >= progress.num_images and not owed(callbacks, folder, checkpoint):
-        if world.rank == 0:
-            print(f"  already at {started_at:,} images; a larger num_images trains on", flush=True)
-        return 0
-    callbacks = in_turn(callbacks)
-    if module.objective.observes:
-        callbacks.insert(0, Observing())
-    if module.loss_scale:
-        callbacks.insert(0, Scaling())
     data = build(config["data"], "data", config["allowed_targets"])
-    callbacks.insert(0, CountDamage(data.damage_budget, data.count))
+    callbacks = in_turn([
+        CountDamage(data.damage_budget, data.count),
+        *([Scaling()] if module.loss_scale else []),
+        *([Observing()] if module.objective.observes else []),
+        *completion.callbacks_of(config),
+    ])  # fmt: skip
     if world.rank == 0:
         folders.write_order(folder, data.fingerprint)
     begin = _Begin(config, folder, module, strategy, callbacks, start)
@@ -113,7 +103,7 @@ def loggers_of(config: Mapping[str, Any], folder: Path, rank: int, started_at: i
         if node is not None
     ]
     run_id = folders.run_id(folder)
-    return [choice.build(folder, config["name"], run_id, kept(config), started_at) for choice in choices]
+    return [choice.build(folder, config["name"], run_id, config, started_at) for choice in choices]
 
 
 class _Data(LightningDataModule):
@@ -132,7 +122,7 @@ class _Begin(Callback):
     weights and gives the others their run.
     """
 
-    def __init__(self, config, folder, module, strategy, callbacks: Sequence[RunCallback], start: Start):
+    def __init__(self, config, folder, module, strategy, callbacks: Sequence[Callback], start: Start):
         self.config, self.folder, self.module, self.strategy, self.begun = config, folder, module, strategy, start
         self.callbacks = callbacks
         self.checkpoint: checkpoints.Checkpoint | None = None
@@ -198,7 +188,6 @@ class _Begin(Callback):
 
 def provenance(config: Mapping[str, Any], device: str) -> dict[str, Any]:
     """What a number measured in this run must carry besides the evaluation's own."""
-    config = kept(config)
     return {
         "sampler": config["sampler"],
         "variance": config["variance"],

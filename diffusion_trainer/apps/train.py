@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from diffusion_trainer.apps import completion, initial, processes, statistics
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import initial, processes, statistics
 from diffusion_trainer.apps.checks import (
     check_data,
     check_evaluation,
@@ -79,8 +79,11 @@ def _run(config: dict[str, Any], folder: Path, world: World | None) -> int:
             announce(config, size, folder, given)
         if world is None:
             start = ["-m", "diffusion_trainer.apps.start", str(folder)]
-            while (code := processes.spawn(start, count, folder / "logs", (lock,))) == processes.ROLLED_BACK:
-                announce(config, size, folder, given)
+            code = 0 if completion.nothing_left(config, folder, say=True) else processes.ROLLED_BACK
+            while code == processes.ROLLED_BACK:
+                code = processes.spawn(start, count, folder / "logs", (lock,))
+                if code == processes.ROLLED_BACK:
+                    announce(config, size, folder, given)
         else:
             from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
 

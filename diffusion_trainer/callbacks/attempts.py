@@ -1,5 +1,6 @@
 """The starts of a run, numbered: <run>/logs/attempt-<n> has what each rank has printed in it."""
 
+import errno
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
 
 KEPT = 10  # attempts whose folders are kept, this one among them
+GONE = (errno.EIO, errno.EPIPE, errno.EBADF)  # errors of a terminal that was closed, a pipe that nobody reads any more
 NUMBER = "DIFFUSION_TRAINER_ATTEMPT"  # variable by which a rank knows its attempt from the parent that has begun it
 
 
@@ -54,13 +56,15 @@ def given() -> int | None:
 class RankLog:
     """What a rank prints, once more: into its file of the attempt, as soon as that is known.
 
-    A file that cannot be written is told once. What is said before `keep`, or never to be kept, costs its memory.
+    A file that cannot be written is told once, and tried again with the next line: a disk is full for a while. What is
+    said before `keep`, or never to be kept, costs its memory.
     """
 
     def __init__(self):
         self._waiting: list[str] | None = []  # None: it goes to the file, or to none
         self._files: RankFiles | None = None
         self._descriptor: int | None = None
+        self._warned = False
 
     def keep(self, files: RankFiles) -> None:
         waiting, self._waiting, self._files = self._waiting or [], None, files
@@ -81,10 +85,13 @@ class RankLog:
             if self._descriptor is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            os.write(self._descriptor, text.encode(errors="replace"))  # at once: a process may be killed at any moment
+            data = text.encode(errors="replace")
+            while data:  # at once: a process may be killed at any moment
+                data = data[os.write(self._descriptor, data) :]
         except OSError as error:
-            self._files = None
-            print(f"  WARNING: {path} cannot be written ({error.strerror}): it ends here", file=sys.stderr)
+            warned, self._warned = self._warned, True
+            if not warned:
+                print(f"  WARNING: {path} cannot be written ({error.strerror}): it has gaps", file=sys.stderr)
 
     def close(self) -> None:
         self._files, descriptor, self._descriptor = None, self._descriptor, None
@@ -116,8 +123,9 @@ class Stream:
     def _try(self, action) -> None:
         try:
             action()
-        except OSError:  # the terminal is gone, or whoever read the pipe: what is to be saved matters more
-            self._stream = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+        except OSError as error:  # what is to be saved matters more
+            if error.errno in GONE:
+                self._stream = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def signals_to_stop() -> list[signal.Signals]:
 
 class Checkpointing(RunCallback):
     """A checkpoint every `every_n_images`, at the end, and when SIGINT, SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP reaches any
-    rank, or somebody makes the file <folder>/stop (and this has removed it).
+    rank, or somebody makes the file <folder>/stop (which is removed then).
 
     The handler only sets a flag. After each step the ranks agree on it; then all save and stop. A second SIGINT stops
     at once. SIGHUP that was ignored (nohup) stays so. A checkpoint is copied between two steps and written while
@@ -42,7 +42,7 @@ class Checkpointing(RunCallback):
         self._reserved = self._interrupted = False
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
         self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep, reach=run.reach_images)
-        run.stop, run.save, run.settle = self.stop, self.save, self.settle
+        run.save, run.settle = self.save, self.settle
         self._previous = {s: signal.signal(s, self._note) for s in signals_to_stop()}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -62,7 +62,7 @@ class Checkpointing(RunCallback):
         if failed:
             self.settle()
         if stop:
-            self.stop()
+            run.stop()
         elif done or crossed(previous, run.images_seen, self.every_n_images):
             self._begin()
         elif not self._reserved:
@@ -72,15 +72,6 @@ class Checkpointing(RunCallback):
         self.settle()
         self._saver.reserve()
         self._reserved = True
-
-    def stop(self) -> None:
-        """All ranks must call it, once one of them has received a signal."""
-        run = self.run
-        self.save()
-        run.stop_signal = max(s or 0 for s in run.agreement.gather(run.stop_signal))
-        run.stopping = run.trainer.should_stop = True
-        if run.first:
-            (run.folder / STOP).unlink(missing_ok=True)
 
     def save(self) -> None:
         """What there is to save now is on the disk, or it has been said why not. All ranks must call it."""
@@ -120,5 +111,5 @@ class Checkpointing(RunCallback):
         self.settle()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self.run.first:
-            (self.run.folder / STOP).unlink(missing_ok=True)  # made too late to be seen: it is not the next start's
+        if self.run.first and self.run.stop_signal is None and not self.run.rolled_back:
+            (self.run.folder / STOP).unlink(missing_ok=True)  # made too late to be seen, and the run is done

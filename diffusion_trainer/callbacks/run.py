@@ -35,9 +35,8 @@ class Run:
     evaluation: Prepared | None
     state: dict[str, Any] = field(default_factory=dict)  # saved with each checkpoint
     stop_signal: int | None = None  # that this rank has received
-    save: Callable[[], None] | None = None  # a checkpoint now: for all ranks at once
+    save: Callable[[], None] = lambda: None  # a checkpoint now: for all ranks at once
     settle: Callable[[], None] = lambda: None  # waits until what was to be saved is on the disk
-    stop: Callable[[], None] | None = None  # ends the training, saved, after this step: for all ranks at once
     stopping: bool = False  # whether the training ends after this step
     beat: Callable[..., None] = lambda doing, allowed_seconds=0.0: None  # a sign of life (see Heartbeat)
     rolled_back: bool = False  # it does because the run goes back to an earlier checkpoint
@@ -45,6 +44,7 @@ class Run:
     save_seconds: float | None = None  # that writing the last checkpoint took
     reach_images: int = 0  # how far back from the newest checkpoint there must be one
     _looked_at: float = -inf  # for the file STOP, by this rank's clock
+    _by_file: bool = False  # whether it is why this rank stops
     _answers: tuple[int, Mapping["RunCallback", list[float]]] = (-1, {})
 
     @property
@@ -62,8 +62,16 @@ class Run:
         if self.stop_signal is None and self.first and monotonic() - self._looked_at >= STOP_SECONDS:
             self._looked_at = monotonic()
             if (self.folder / STOP).exists():
-                self.stop_signal = signal.SIGTERM
+                self.stop_signal, self._by_file = signal.SIGTERM, True
         return self.stop_signal is not None
+
+    def stop(self) -> None:
+        """Ends the training, saved, after this step. All ranks must call it, once one of them is told to stop."""
+        self.save()
+        self.stop_signal = max(s or 0 for s in self.agreement.gather(self.stop_signal))
+        self.stopping = self.trainer.should_stop = True
+        if self._by_file:
+            (self.folder / STOP).unlink(missing_ok=True)
 
     def answer(self, callback: "RunCallback") -> list[float]:
         """The means over the ranks of what the callback's `ask` says after this step.
@@ -139,9 +147,11 @@ class RunCallback(Callback):
             self.after_step(module.images_seen - module.progress.batch_size)
 
 
-def in_turn(callbacks: Sequence[RunCallback]) -> list[RunCallback]:
-    """In the order in which they must see a step; those of the same turn as they are given."""
-    return sorted(callbacks, key=lambda callback: callback.turn)
+def in_turn(callbacks: Sequence[Callback]) -> list[Callback]:
+    """In the order in which they must see a step; those of the same turn as they are given. Lightning's own, which know
+    of no run, come after the save.
+    """
+    return sorted(callbacks, key=lambda callback: callback.turn if isinstance(callback, RunCallback) else AFTER_SAVE)
 
 
 def crossed(previous: int, now: int, every: int) -> bool:

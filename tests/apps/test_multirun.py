@@ -99,10 +99,10 @@ def test_ctrl_c_reaches_the_running_point_and_starts_no_other():
 
 
 @pytest.mark.usefixtures("command")
-def test_the_end_of_a_login_session_stops_the_running_point_as_sigterm_does():
+def test_the_end_of_a_login_session_reaches_the_running_point():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     try:
-        assert run(point("hang up"), point("b")) == ([143], signal.SIGHUP)
+        assert run(point("hang up"), point("b")) == ([128 + signal.SIGHUP], signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
 

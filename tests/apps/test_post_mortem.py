@@ -197,7 +197,9 @@ def test_ranks_that_were_killed_before_anybody_could_say_a_word_have_a_screen(
 ):
     RankFiles(logs, 2).state.write_text(left)
     lines = shown(tmp_path, monkeypatch, capsys).splitlines()
-    assert lines[0].endswith(": no rank has left a word: killed (perhaps the memory did not suffice).")
+    assert lines[0].endswith(
+        ": no rank has left a word; it was killed by SIGKILL (perhaps the memory did not suffice)."
+    )
     assert [line.split()[:3] for line in lines[2:5]] == [
         ["0", "?", "?"], ["1", "?", "?"], ["2", "node2", "32"] if left.endswith("}") else ["2", "?", "?"],
     ]  # fmt: skip
@@ -271,7 +273,27 @@ def test_a_store_that_does_not_answer_is_told_and_nobody_was_killed(tmp_path, lo
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(1, "failed with exit code 1"), (HUNG, "hung"), (-signal.SIGBUS, "was killed by SIGBUS")],
+    [
+        (1, "failed with exit code 1"),
+        (HUNG, "hung"),
+        (-signal.SIGBUS, "was killed by SIGBUS"),
+        (-signal.SIGTERM, "was told to stop by SIGTERM"),
+        (128 + signal.SIGUSR1, "was told to stop by SIGUSR1"),
+        (128 + signal.SIGKILL, "was killed by SIGKILL (perhaps the memory did not suffice)"),
+    ],
 )
 def test_ends_in_words(code, words):
     assert post_mortem.ending(code) == words
+
+
+def test_a_job_that_was_told_to_stop_while_it_started_was_not_killed(tmp_path, logs, monkeypatch, capsys):
+    RankFiles(logs, 0).state.write_text(state(0).json())
+    monkeypatch.setattr(sys, "argv", ["post_mortem", str(tmp_path), "143"])
+    post_mortem.main()
+    assert ": no rank has left a word; it was told to stop by SIGTERM.\n" in capsys.readouterr().out
+
+
+def test_what_is_told_has_no_secrets(tmp_path, logs, monkeypatch, capsys):
+    monkeypatch.setenv("MY_TOKEN", "canary-of-a-token")
+    post_mortem.tell(tmp_path, "diffusion-trainer train x=canary-of-a-token", sys.stdout)
+    assert capsys.readouterr().out == (logs / post_mortem.FILE).read_text() == "diffusion-trainer train x=***\n"

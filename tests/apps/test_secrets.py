@@ -8,7 +8,7 @@ from conftest import ROOT, command, finish
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import config as configuration
-from diffusion_trainer.apps import submit
+from diffusion_trainer.apps import rank, submit
 from diffusion_trainer.conventions import UserError
 
 SECRETS = {
@@ -111,3 +111,21 @@ def test_a_secret_that_stands_in_the_configuration_is_refused_and_nothing_is_wri
     assert "data.shards='${oc.env:MY_TOKEN}'" in str(error.value)
     assert "canary4" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def broken(*_) -> None:
+    raise UserError("https://host/canary2-of-a-token may not be read")
+
+
+def test_an_error_that_is_shown_has_no_secrets(monkeypatch, capsys):
+    """As the console command shows it, and as a rank does."""
+    monkeypatch.setenv("HF_TOKEN", "canary2-of-a-token")
+    for patched, main in (
+        ("diffusion_trainer.apps.cli.run", console._main),
+        ("diffusion_trainer.apps.rank.work", rank.main),
+    ):
+        monkeypatch.setattr(patched, broken)
+        monkeypatch.setattr("diffusion_trainer.apps.config.read", lambda path: {})
+        monkeypatch.setattr("sys.argv", ["x", "folder"])
+        assert main() == 2
+        assert capsys.readouterr().err == "error: https://host/*** may not be read\n"

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import sys
 from types import SimpleNamespace
 
@@ -100,6 +101,27 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, ca
     assert "rank-0.log cannot be written (Not a directory)" in captured.err or "File exists" in captured.err
 
 
+def test_a_disk_that_is_full_for_a_while_makes_a_gap_and_one_that_takes_little_at_once_none(
+    tmp_path, monkeypatch, capsys
+):
+    errors = [OSError(errno.ENOSPC, "No space left on device")] * 2
+
+    def write(descriptor: int, data: bytes) -> int:
+        if errors:
+            raise errors.pop()
+        return real(descriptor, data[:3])
+
+    real = os.write
+    with printing() as log:
+        log.keep(RankFiles(tmp_path, 0, 1))
+        monkeypatch.setattr(os, "write", write)
+        print("one")  # two writes: the text, and the end of the line
+        print("two and more")
+    monkeypatch.undo()
+    assert said(tmp_path, 0, 1).endswith("two and more\n")
+    assert capsys.readouterr().err.count("WARNING") == 1
+
+
 class Gone(io.StringIO):
     """A terminal that was closed after the first line, or a pipe that nobody reads any more."""
 
@@ -115,5 +137,21 @@ def test_a_terminal_that_has_gone_ends_nothing(tmp_path, monkeypatch):
         for i in range(3):
             print("step", i, flush=True)
     assert sys.stdout is terminal
-    assert terminal.getvalue() == "step 0\n"
+    assert terminal.getvalue() == "step 0\n"  # and it is not asked again
     assert said(tmp_path, 0, 1) == "step 0\nstep 1\nstep 2\n"
+
+
+class Busy(io.StringIO):
+    """A pipe that is full for a moment."""
+
+    def flush(self) -> None:
+        if self.getvalue() == "step 0\n":
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def test_a_pipe_that_is_full_for_a_moment_is_written_to_again(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", pipe := Busy())
+    with printing():
+        for i in range(2):
+            print("step", i, flush=True)
+    assert pipe.getvalue() == "step 0\nstep 1\n"

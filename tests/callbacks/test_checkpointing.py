@@ -10,14 +10,14 @@ import pytest
 import tiny
 import torch
 
-from diffusion_trainer.apps import initial, rank, train
+from diffusion_trainer.apps import initial, processes, rank, train
 from diffusion_trainer.apps.config import load
 from diffusion_trainer.apps.folder import write_config
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.checkpointing import SAVE_TIMEOUT_SECONDS, STOP_SIGNALS, Checkpointing
 from diffusion_trainer.callbacks.last_words import RankFiles
-from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.run import FIRST, RunCallback
 from diffusion_trainer.callbacks.watchdog import Watchdog
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training import saving
@@ -204,6 +204,8 @@ def test_one_that_is_asked_for_is_there_when_the_call_returns(run, tmp_path, mon
 class At64(RunCallback):
     """Does something to a run after its second step."""
 
+    turn = FIRST
+
     def __init__(self, what):
         self.what = what
 
@@ -253,6 +255,22 @@ def test_a_stop_file_that_comes_with_the_last_step_is_not_the_next_starts(run, t
     assert run(96) == 0
 
 
+@pytest.mark.parametrize("ends", ["a signal", "a rollback"])
+def test_a_stop_file_outlives_what_the_run_goes_on_after_by_itself(run, tmp_path, monkeypatch, ends):
+    """Preempted, and back in the queue; or back to an earlier checkpoint: the next start is told to stop as well."""
+
+    def both(run) -> None:
+        (run.folder / "stop").touch()
+        if ends == "a signal":
+            signal.raise_signal(signal.SIGUSR1)
+        else:
+            run.stopping = run.rolled_back = run.trainer.should_stop = True
+
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: At64(both))
+    assert run(160) == (128 + signal.SIGUSR1 if ends == "a signal" else processes.ROLLED_BACK)
+    assert (tmp_path / "run" / "stop").exists()
+
+
 def test_the_wait_for_a_slow_disk_is_no_hang(run, tmp_path, monkeypatch):
     """Writing takes longer than hang_timeout_seconds: what is waited for is allowed SAVE_TIMEOUT_SECONDS."""
     beat, write, told = Watchdog.beat, saving.write, []
@@ -277,6 +295,8 @@ def test_a_run_leaves_nothing_of_its_heartbeat(run, tmp_path):
 
 class Looks(RunCallback):
     """Comes to its start before all others but what begins the run."""
+
+    turn = FIRST
 
     def start(self):
         self.handlers = [signal.getsignal(s) for s in STOP_SIGNALS]

@@ -45,6 +45,12 @@ def test_what_a_rank_has_found_is_in_the_file_before_an_error_of_its_data_stops_
     assert callback.logged == [{"data/damaged": 3, "data/damaged_checksum": 3}]
 
 
+def test_the_list_has_no_secrets(callback, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "canary-of-a-token")
+    callback._write([(32, Found("missing", "https://host/canary-of-a-token/x.tar", 0, "canary-of-a-token"))])
+    assert "32,missing,https://host/***/x.tar,0,***" in (tmp_path / LIST).read_text()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_callbacks_see_what_stops_the_run_before_it_ends(tmp_path, monkeypatch):
     seen = []

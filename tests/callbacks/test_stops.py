@@ -1,10 +1,14 @@
 """Who tells a run to stop, and how often it looks."""
 
+import os
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from diffusion_trainer.apps import processes
 from diffusion_trainer.callbacks import run as runs
 from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS, signals_to_stop
 from diffusion_trainer.callbacks.run import STOP, STOP_SECONDS, Run
@@ -79,3 +83,49 @@ def test_a_terminal_that_goes_stops_a_run_unless_that_was_ruled_out():
         assert signals_to_stop() == [s for s in STOP_SIGNALS if s != signal.SIGHUP]
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+CHILD = """
+import signal, sys, time
+got = []
+for number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: got.append(number))
+open(sys.argv[1], "w").close()
+while signal.SIGTERM not in got:
+    time.sleep(0.01)
+time.sleep(0.5)  # the save
+open(sys.argv[1] + "-saved", "w").close()
+sys.exit(128 + got[0])
+"""
+
+
+def test_a_terminal_that_goes_and_then_a_stop_leave_the_save_its_time(tmp_path):
+    """A third signal kills; SIGHUP, which may come more than once, does not count."""
+    ready = tmp_path / "ready"
+
+    def send() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        assert processes.spawn(["-c", CHILD, str(ready)], 1, tmp_path / "logs") == 128 + signal.SIGHUP
+    finally:
+        sender.join()
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "ready-saved").exists()
+
+
+def test_without_checkpoints_a_stop_ends_the_run_unsaved(tmp_path):
+    (tmp_path / STOP).touch()
+    trainer = SimpleNamespace(should_stop=False)
+    run = Run(tmp_path, None, trainer, SimpleNamespace(rank=0, gather=lambda mine: [mine]), None, None, None)
+    assert run.told_to_stop()
+    run.stop()
+    assert (run.stopping, trainer.should_stop, run.stop_signal) == (True, True, signal.SIGTERM)
+    assert not (tmp_path / STOP).exists()

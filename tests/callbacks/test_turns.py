@@ -9,7 +9,8 @@ import torch
 from options import built
 
 from diffusion_trainer.apps import rank
-from diffusion_trainer.apps.config import load
+from diffusion_trainer.apps import train as parent
+from diffusion_trainer.apps.config import load, read
 from diffusion_trainer.apps.folder import write_config
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
@@ -41,12 +42,13 @@ def test_whatever_keeps_something_in_a_checkpoint_has_its_turn_before_it():
 def train(tmp_path):
     shards = tiny.overrides(tmp_path / "shards")
 
-    def run(folder: Path, turned: bool) -> dict:
+    def run(folder: Path, turned: bool, *more: str) -> dict:
         overrides = [
             *shards, *tiny.NETWORK, "network.attention_levels=[]", "strategy=single", "trainer.accelerator=cpu",
             f"folder='{folder}'", "num_images=160", "callbacks.log.every_n_images=96", "sampler.num_steps=2",
             "callbacks.checkpoint.every_n_images=64", "callbacks.checkpoint.keep=9",
             "callbacks.evaluate.every_n_images=64", "callbacks.evaluate.at_start=false",
+            *more,
         ]  # fmt: skip
         config = load("train", overrides, TrainConfig)
         if turned:
@@ -78,3 +80,30 @@ def test_a_run_whose_callbacks_stand_the_other_way_round_keeps_the_same(train, t
     assert ours["rows"] == theirs["rows"]
     assert ours["tensors"].keys() == theirs["tensors"].keys()
     assert all(torch.equal(ours["tensors"][k], t) for k, t in theirs["tensors"].items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_own_callbacks_are_taken(train, tmp_path):
+    timer = "+callbacks.timer._target_=lightning.pytorch.callbacks.Timer"
+    modules = "allowed_targets=[lightning.pytorch.callbacks]"
+    train(tmp_path / "run", False, modules, timer, "+callbacks.timer.verbose=false", "evaluation=none")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_run_adds_has_its_turn_among_the_others(train, tmp_path, monkeypatch):
+    orders = []
+    monkeypatch.setattr(rank, "in_turn", lambda callbacks: orders.append(in_turn(callbacks)) or orders[-1])
+    train(tmp_path / "run", False, "timesteps=loss_second_moment", "callbacks.evaluate=null")
+    names = [type(c).__name__ for c in orders[0]]
+    assert names == ["Guarding", "CountDamage", "Observing", "LogMetrics", "Checkpointing", "Heartbeat"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_that_finds_nothing_to_do_takes_no_attempt(train, tmp_path):
+    train(tmp_path / "run", False, "callbacks.evaluate=null")
+    config = read(tmp_path / "run" / "config.yaml")
+    for _ in range(2):
+        assert rank.work(config, tmp_path / "run", World(0, 1, 1, False)) == 0
+        assert parent._run(config, tmp_path / "run", None) == 0
+        (tmp_path / "run" / "logs" / "failed-rank-0.txt").write_text("of the crash before")
+    assert sorted(p.name for p in (tmp_path / "run" / "logs").iterdir()) == ["attempt-1", "failed-rank-0.txt"]
