@@ -4,6 +4,8 @@ import errno
 import gzip
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,25 +14,52 @@ import pytest
 from streaming import flaky
 from streaming.flaky import PAGE, Handler, serving
 from streaming.making import write_set
-from streaming.stores import contents
 
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.cache import Cache
+from diffusion_trainer.streaming.cached import CachedStore
+from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.index import INDEX, read_index
 from diffusion_trainer.streaming.indexing import index
 from diffusion_trainer.streaming.remote import Gone, Remote
 from diffusion_trainer.streaming.retries import AGAIN, Retries
+from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.sites import RemoteSite
-from diffusion_trainer.streaming.stores import LocalStore
+from diffusion_trainer.streaming.stores import LocalStore, Store
 
 ODD = ["a b", "ä中", "50%", "h#i", "q?r", "[x]", "{y}", "p+q~"]
 NAMES = ["x-000.tar", "x-001.tar"]
+
+
+def contents(store: Store, pattern: str) -> list[bytes]:
+    """All samples, in order; damage by its kind."""
+    shards = store.find(pattern)
+    samples, found = Samples(shards, store, 1 << 20), []
+    for k, i in [(k, i) for k, shard in enumerate(shards) for i in range(shard.samples)]:
+        try:
+            found.append(bytes(samples.bytes_of(k, i)))
+        except Damage as damage:
+            found.append(damage.kind.encode())
+    return found
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     write_set(tmp_path / "set", [3, 2])
     return tmp_path / "set"
+
+
+@pytest.fixture
+def server(folder, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def make(tmp_path) -> Callable[..., CachedStore]:
+    chosen = {"retries": 3, "backoff_seconds": 0.001, "timeout_seconds": 20.0}
+    return partial(CachedStore, str(tmp_path / "cache"), 1 << 20, **chosen)
 
 
 @pytest.mark.parametrize("name", ODD)
