@@ -52,5 +52,5 @@ def nothing_left(config: Mapping[str, Any], folder: Path, say: bool) -> bool:
 
 def callbacks_of(config: Mapping[str, Any]) -> list[Callback]:
     """As the configuration has them."""
-    nodes = {name: node for name, node in config["callbacks"].items() if node is not None}
-    return [build(node, f"callbacks.{name}", config["allowed_targets"]) for name, node in nodes.items()]
+    built = build(config["callbacks"], "callbacks", config["allowed_targets"])
+    return [callback for callback in built.values() if callback is not None]

@@ -72,18 +72,20 @@ def _run(config: dict[str, Any], folder: Path, world: World | None) -> int:
     count, size = processes_of(config, world)
     first = world is None or world.rank == 0
     given = preflight(config, size, folder) if first else ""
+
+    def spawned() -> int:
+        start = ["-m", "diffusion_trainer.apps.start", str(folder)]
+        while (code := processes.spawn(start, count, folder / "logs", (lock,))) == processes.ROLLED_BACK:
+            announce(config, size, folder, given)
+        return code
+
     with folders.held(folder) if first else nullcontext() as lock:
         if first:
             folders.write_config(folder, config)
             initial.write(folder, config["init_from"])
             announce(config, size, folder, given)
         if world is None:
-            start = ["-m", "diffusion_trainer.apps.start", str(folder)]
-            code = 0 if completion.nothing_left(config, folder, say=True) else processes.ROLLED_BACK
-            while code == processes.ROLLED_BACK:
-                code = processes.spawn(start, count, folder / "logs", (lock,))
-                if code == processes.ROLLED_BACK:
-                    announce(config, size, folder, given)
+            code = 0 if completion.nothing_left(config, folder, say=True) else spawned()
         else:
             from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
 

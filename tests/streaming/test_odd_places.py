@@ -14,33 +14,20 @@ import pytest
 from streaming import flaky
 from streaming.flaky import PAGE, Handler, serving
 from streaming.making import write_set
+from streaming.stores import contents
 
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.cache import Cache
 from diffusion_trainer.streaming.cached import CachedStore
-from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.index import INDEX, read_index
 from diffusion_trainer.streaming.indexing import index
 from diffusion_trainer.streaming.remote import Gone, Remote
 from diffusion_trainer.streaming.retries import AGAIN, Retries
-from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.sites import RemoteSite
-from diffusion_trainer.streaming.stores import LocalStore, Store
+from diffusion_trainer.streaming.stores import LocalStore
 
 ODD = ["a b", "ä中", "50%", "h#i", "q?r", "[x]", "{y}", "p+q~"]
 NAMES = ["x-000.tar", "x-001.tar"]
-
-
-def contents(store: Store, pattern: str) -> list[bytes]:
-    """All samples, in order; damage by its kind."""
-    shards = store.find(pattern)
-    samples, found = Samples(shards, store, 1 << 20), []
-    for k, i in [(k, i) for k, shard in enumerate(shards) for i in range(shard.samples)]:
-        try:
-            found.append(bytes(samples.bytes_of(k, i)))
-        except Damage as damage:
-            found.append(damage.kind.encode())
-    return found
 
 
 @pytest.fixture

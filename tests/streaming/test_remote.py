@@ -1,41 +1,17 @@
 """Shards at URLs: whatever the store does, a sample is what it is in the file, or the run stops."""
 
-from pathlib import Path
-
 import fsspec
 import pytest
 from streaming import flaky
 from streaming.flaky import serving
 from streaming.making import shard_data, whole, write_set
-from streaming.stores import FIRST, ILL, MODES, NAMES, PIECE, contents, gets, maker, patience, three_shards
+from streaming.stores import FIRST, ILL, MODES, NAMES, PIECE, contents, gets, patience
+from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import Found
 from diffusion_trainer.streaming.index import INDEX
 from diffusion_trainer.streaming.retries import AGAIN
-from diffusion_trainer.streaming.stores import LocalStore
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return three_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="module")
-def truth(folder) -> list[bytes]:
-    return contents(LocalStore(), str(folder / "*.tar"))
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def make(tmp_path):
-    return maker(tmp_path)
 
 
 @MODES

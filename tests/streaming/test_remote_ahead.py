@@ -10,36 +10,13 @@ from threading import Event
 
 import pytest
 from streaming import flaky
-from streaming.flaky import serving
-from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, gets, maker, spans, three_shards, wait_until
+from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, gets, spans, wait_until
+from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming import ahead
 from diffusion_trainer.streaming.ahead import Ahead
 from diffusion_trainer.streaming.files import THREADS
-from diffusion_trainer.streaming.stores import LocalStore
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return three_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="module")
-def truth(folder) -> list[bytes]:
-    return contents(LocalStore(), str(folder / "*.tar"))
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def make(tmp_path):
-    return maker(tmp_path)
 
 
 @MODES

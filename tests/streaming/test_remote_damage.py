@@ -1,38 +1,14 @@
 """Shards at URLs that are damaged where they lie: the samples that it hits are damage, the others are what they are."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from streaming.flaky import serving
-from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, maker, three_shards
+from streaming.stores import FIRST, MODES, NAMES, PIECE, contents
+from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadChecksum, MissingShard, Truncated
 from diffusion_trainer.streaming.index import Shard
 from diffusion_trainer.streaming.stores import LocalStore
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return three_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="module")
-def truth(folder) -> list[bytes]:
-    return contents(LocalStore(), str(folder / "*.tar"))
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def make(tmp_path):
-    return maker(tmp_path)
 
 
 @MODES

@@ -1,39 +1,15 @@
 """What a URL may be: patterns, backends, commands, and options that are refused."""
 
 import sys
-from pathlib import Path
 
 import fsspec
 import pytest
-from streaming.flaky import serving
-from streaming.stores import NAMES, PIECE, contents, maker, patience, three_shards
+from streaming.stores import NAMES, PIECE, contents, patience
+from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.index import INDEX, Shard, write_index
 from diffusion_trainer.streaming.remote import Remote
-from diffusion_trainer.streaming.stores import LocalStore
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return three_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture(scope="module")
-def truth(folder) -> list[bytes]:
-    return contents(LocalStore(), str(folder / "*.tar"))
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def make(tmp_path):
-    return maker(tmp_path)
 
 
 def test_patterns_name_what_the_index_has(server, folder, make):

@@ -2,34 +2,16 @@
 
 import time
 from email.utils import formatdate
-from pathlib import Path
 
 import numpy as np
 import pytest
 from streaming import flaky
-from streaming.flaky import serving
-from streaming.stores import FIRST, NAMES, contents, maker, three_shards
+from streaming.stores import FIRST, NAMES, contents
+from streaming.three_shards import folder, make, server  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming import retries
 from diffusion_trainer.streaming.retries import Retries, Sick
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return three_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving(folder) as server:
-        yield server
-
-
-@pytest.fixture
-def make(tmp_path):
-    return maker(tmp_path)
 
 
 class Sleeps(list):
