@@ -69,24 +69,24 @@ class Reader:
 
 @dataclass
 class Items(Dataset):
-    """What a worker does: item k into the next slot of its part of the ring."""
+    """What a worker does: item k into a slot of its part of the ring."""
 
     reader: Reader
     layout: Layout
     ring: Ring
-    count: int = 0  # items that this process has made
+    started: bool = False  # whether this process has made any
 
     def __getitem__(self, item: int) -> Piece | Stop:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        slot, first = self.ring.slot(worker, self.count), self.count == 0
-        self.count += 1
+        slot, first, self.started = self.ring.take(worker), not self.started, True
         try:
             self.reader.look_ahead(self.layout, self._ahead(item, workers if first else 0))
             numbers = self.layout.numbers(item)
             bucket = self.reader.stream.bucket(numbers)
             return Piece(slot, bucket, self.reader.fill(numbers, self.ring.arrays(slot, bucket)))
         except UserError as error:
+            self.ring.give_back(slot)
             return Stop.of(error)
 
     def _ahead(self, item: int, first_of: int) -> list[int]:

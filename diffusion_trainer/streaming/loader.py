@@ -16,6 +16,8 @@ from diffusion_trainer.streaming.fields import Decoder
 from diffusion_trainer.streaming.ring import Ring
 from diffusion_trainer.streaming.workers import DeadWorker, pieces
 
+LENDABLE = 2  # batches of a worker: one in the step, one that has been fetched for the next
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -107,8 +109,10 @@ class Loader:
         return len(self.items)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        slots = (self.workers, self.prefetch + 2) if self.workers else (1, 1)
-        ring = Ring(*slots, [self.decoder.entries(self.layout.size, shape) for shape in self.shapes])
+        kinds = [self.decoder.entries(self.layout.size, shape) for shape in self.shapes]
+        lendable = 0 if torch.cuda.is_available() else LENDABLE  # a GPU wants pinned memory, which is a copy
+        depth = (self.prefetch if self.workers else 0) + 1 + lendable
+        ring = Ring(max(1, self.workers), depth, kinds, lendable)
         loader = DataLoader(
             self.source(ring),
             batch_size=None,
@@ -129,9 +133,15 @@ class Loader:
             yield Stop.of(death).batch()
 
     def _batch(self, item: int, piece: Piece, ring: Ring) -> dict[str, Any]:
-        """Copies the piece out of the ring."""
+        """The piece, lent from the ring or copied out of it."""
         objects, samples, found = piece.filled
-        batch = self.decoder.batch([_copy(array) for array in ring.arrays(piece.slot, piece.bucket)], objects)
+        arrays = ring.lend(piece.slot, piece.bucket)
+        if arrays is None:
+            tensors = [_copy(array) for array in ring.arrays(piece.slot, piece.bucket)]
+            ring.give_back(piece.slot)
+        else:
+            tensors = [torch.from_numpy(array) for array in arrays]
+        batch = self.decoder.batch(tensors, objects)
         first = self.layout.numbers(item).start
         return batch | {"first": first, "samples": torch.from_numpy(samples), "damage": found}
 

@@ -107,7 +107,7 @@ class _Stream(IterableDataset):
                 item = self.items.start + worker + made * workers
                 if item >= self.items.stop:
                     return
-                slot = self.ring.slot(worker, made)
+                slot = self.ring.take(worker)
                 yield Piece(slot, 0, self.fill(self.layout.numbers(item), self.ring.arrays(slot)))
         except UserError as error:
             yield Stop.of(error)

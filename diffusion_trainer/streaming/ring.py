@@ -5,6 +5,8 @@ faults as decoding its JPEGs. Anonymous mappings, unlike /dev/shm, have no limit
 """
 
 import mmap
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -37,22 +39,51 @@ def _arrays(memory: mmap.mmap, entries: Sequence[Entry]) -> list[np.ndarray]:
 
 
 class Ring:
-    """`depth` slots for each of the workers, used in turn.
+    """`depth` slots for each of the workers.
 
-    A slot is written again `depth` batches of its worker later, and must have been copied by then: depth must exceed
-    the number of batches that a worker may be ahead by two (one is being written, one is in the reader's hands).
+    A worker takes a slot that nobody uses, and the reader gives it back once it has copied the batch; or lends the
+    arrays to whoever takes the batch, and the slot is free when these are gone. A worker always finds one if depth is
+    the number of batches that it may be ahead, plus one (in the reader's hands), plus `lendable`.
     """
 
-    def __init__(self, workers: int, depth: int, kinds: Sequence[Sequence[Entry]]):
-        """kinds: the arrays of each kind of batch that a slot may have to hold."""
-        self.depth = depth
+    def __init__(self, workers: int, depth: int, kinds: Sequence[Sequence[Entry]], lendable: int = 0):
+        """kinds: the arrays of each kind of batch that a slot may have to hold; lendable: slots of each worker that may
+        be lent at the same time."""
+        self.depth, self.lendable, self.reader = depth, lendable, os.getpid()
         size = max(1, *(sum(entry.size for entry in entries) for entries in kinds))
         slots = [mmap.mmap(-1, size) for _ in range(workers * depth)]
         self._slots = [[_arrays(slot, entries) for entries in kinds] for slot in slots]
+        # Of each slot: whether a worker has taken it, then which of its arrays are lent. A byte for each, as a worker
+        # reads what the reader writes.
+        uses = len(slots), 1 + max(map(len, kinds))
+        self._used = np.frombuffer(mmap.mmap(-1, prod(uses)), np.bool_).reshape(uses)
 
-    def slot(self, worker: int, count: int) -> int:
-        """Of the worker's batch number `count`."""
-        return worker * self.depth + count % self.depth
+    def take(self, worker: int) -> int:
+        """A slot, for the worker's next batch."""
+        first = worker * self.depth
+        slot = first + int(self._used[first : first + self.depth].any(1).argmin())
+        assert not self._used[slot].any(), "all slots are in use"
+        self._used[slot, 0] = True
+        return slot
 
     def arrays(self, slot: int, kind: int = 0) -> list[np.ndarray]:
         return self._slots[slot][kind]
+
+    def give_back(self, slot: int) -> None:
+        self._used[slot, 0] = False
+
+    def lend(self, slot: int, kind: int = 0) -> list[np.ndarray] | None:
+        """The arrays, which are written again once nothing refers to them any more; None if enough are lent already."""
+        first = slot - slot % self.depth
+        if self._used[first : first + self.depth, 1:].any(1).sum() >= self.lendable:
+            return None
+        lent = [array.view() for array in self.arrays(slot, kind)]
+        for use, array in enumerate(lent, 1):
+            self._used[slot, use] = True
+            weakref.finalize(array, self._returned, slot, use).atexit = False
+        self.give_back(slot)
+        return lent
+
+    def _returned(self, slot: int, use: int) -> None:
+        if os.getpid() == self.reader:  # a process that was forked meanwhile drops only its copy of the array
+            self._used[slot, use] = False

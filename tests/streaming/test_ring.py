@@ -1,5 +1,6 @@
 """Batches travel through shared memory: none is written over before it was taken, and a dead worker is an error."""
 
+import gc
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from streaming.making import Number, Row, shard_data, theorem, write_set
@@ -27,11 +29,8 @@ ENTRIES = st.lists(st.builds(Entry, st.lists(st.integers(1, 5), max_size=3).map(
 @given(st.integers(1, 4), st.integers(1, 4), st.lists(ENTRIES, min_size=1, max_size=3))
 def test_no_two_arrays_share_a_byte_unless_they_are_kinds_of_one_slot(workers, depth, kinds):
     ring = Ring(workers, depth, kinds)
-    slots = [ring.slot(worker, count) for worker in range(workers) for count in range(depth)]
+    slots = [ring.take(worker) for worker in range(workers) for _ in range(depth)]
     assert sorted(slots) == list(range(workers * depth))
-    assert all(
-        ring.slot(worker, count + depth) == ring.slot(worker, count) for worker in range(workers) for count in (0, 5)
-    )
     for kind, entries in enumerate(kinds):
         arrays = [ring.arrays(slot, kind) for slot in slots]
         for found in arrays:
@@ -44,14 +43,73 @@ def test_no_two_arrays_share_a_byte_unless_they_are_kinds_of_one_slot(workers, d
         assert all((array == value % 100).all() for value, array in enumerate(flat))
 
 
+NUMBERS = [Entry((3,), np.dtype("<i8")), Entry((2,), np.dtype("u1"))]
+
+
+@theorem(200)
+@given(st.integers(1, 3), st.integers(0, 2), st.integers(0, 3), st.data())
+def test_a_worker_finds_a_slot_whatever_the_reader_keeps_and_nothing_that_is_kept_changes(
+    workers, ahead, lendable, data
+):
+    """Against a model: workers at most `ahead` batches ahead; a reader that keeps each batch as long as it likes."""
+    ring, value = Ring(workers, ahead + 1 + lendable, [NUMBERS], lendable), 0
+    ready, kept = [deque() for _ in range(workers)], []
+    for _ in range(data.draw(st.integers(1, 40))):
+        worker = data.draw(st.integers(0, workers - 1))
+        if len(ready[worker]) <= ahead:
+            slot = ring.take(worker)
+            assert slot // ring.depth == worker
+            for array in ring.arrays(slot):
+                array[:] = value % 100
+            ready[worker].append((slot, value % 100))
+            value += 1
+        else:
+            slot, expected = ready[worker].popleft()
+            lent_already = {kept_slot for kept_slot, lent, _, _ in kept if lent and kept_slot // ring.depth == worker}
+            lent, tensors = received(ring, slot)
+            assert lent == (len(lent_already) < lendable)
+            kept += [(slot, lent, expected, tensor) for tensor in tensors]
+            del tensors
+        if kept and data.draw(st.booleans()):
+            kept.pop(data.draw(st.integers(0, len(kept) - 1)))
+        assert all((tensor == expected).all() for _, _, expected, tensor in kept)
+
+
+def received(ring, slot):
+    """Whether the arrays are lent, and these or copies of them."""
+    arrays = ring.lend(slot)
+    if arrays is not None:
+        return True, [torch.from_numpy(array) for array in arrays]
+    copies = [torch.from_numpy(array.copy()) for array in ring.arrays(slot)]
+    ring.give_back(slot)
+    return False, copies
+
+
 def test_a_child_writes_what_its_parent_reads():
-    ring = Ring(1, 2, [[Entry((3,), np.dtype("<i8"))]])
+    ring = Ring(1, 2, [NUMBERS])
     child = os.fork()
     if not child:
-        ring.arrays(1)[0][:] = (7, 8, 9)
+        ring.arrays(ring.take(0))[0][:] = (7, 8, 9)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert (ring.arrays(1)[0].tolist(), ring.arrays(0)[0].tolist()) == ([7, 8, 9], [0, 0, 0])
+    assert (ring.arrays(0)[0].tolist(), ring.arrays(1)[0].tolist()) == ([7, 8, 9], [0, 0, 0])
+    assert ring.take(0) == 1  # and sees what its child has taken
+
+
+def test_views_of_a_lent_array_keep_it_and_a_forked_process_cannot_return_it():
+    ring = Ring(1, 2, [NUMBERS], lendable=1)
+    numbers = torch.from_numpy(ring.lend(ring.take(0))[0])[1:].view(2, 1)
+    child = os.fork()
+    if not child:
+        del numbers  # its own
+        os._exit(ring.take(0) != 1)
+    assert os.waitpid(child, 0)[1] == 0
+    ring.give_back(1)  # which the child had taken
+    assert ring.take(0) == 1
+    with pytest.raises(AssertionError, match="all slots are in use"):
+        ring.take(0)
+    del numbers
+    assert ring.take(0) == 0
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +119,40 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (1, 4), (2, 2), (3, 1)])
-def test_batches_survive_in_the_ring_while_workers_run_ahead(folder, monkeypatch, workers, prefetch):
-    """The reader is slow to copy, so that workers have done all that they may before it does; over five rounds."""
-    steps = 5 * workers * (prefetch + 2)
-    alone = list(shard_data(f"{folder}/*.tar").loader(Layout(4), 0, 4, 0, steps))
-    copy = loading._copy
-
-    def slow(array):
-        time.sleep(0.005)
-        return copy(array)
-
-    monkeypatch.setattr(loading, "_copy", slow)
+@pytest.mark.parametrize("kept", [0, 1, 2, 100])
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 2), (1, 1), (1, 4), (2, 2), (3, 1)])
+def test_batches_stay_as_they_are_while_workers_run_ahead(folder, monkeypatch, workers, prefetch, kept):
+    """The reader is slow, so that workers have done all that they may, over five rounds; it keeps some batches."""
+    steps = 5 * max(1, workers) * (prefetch + 3)
+    alone = [
+        {name: batch[name].clone() for name in ("image", "label")}
+        for batch in shard_data(f"{folder}/*.tar").loader(Layout(4), 0, 4, 0, steps)
+    ]
+    monkeypatch.setattr(loading, "_copy", slow(loading._copy))
+    monkeypatch.setattr(Ring, "lend", slow(Ring.lend))
     data = shard_data(f"{folder}/*.tar", num_workers=workers, prefetch=prefetch)
-    for ours, theirs in zip(alone, data.loader(Layout(4), 0, 4, 0, steps), strict=True):
-        assert ours["label"].tolist() == theirs["label"].tolist()
-        assert ours["image"].tolist() == theirs["image"].tolist()
+    held = deque(maxlen=kept + 1)
+    for step, batch in enumerate(data.loader(Layout(4), 0, 4, 0, steps)):
+        held.append((alone[step], batch))
+        assert all((ours[name] == theirs[name]).all() for ours, theirs in held for name in ours)
+    assert step == steps - 1
+
+
+def slow(call):
+    def slowly(*arguments):
+        time.sleep(0.005)
+        return call(*arguments)
+
+    return slowly
+
+
+def test_a_batch_outlives_its_loader_and_all_but_a_few_of_many_are_copies(folder):
+    batches = list(shard_data(f"{folder}/*.tar", num_workers=2).loader(Layout(4), 0, 4, 0, 12))
+    alone = [batch["label"].tolist() for batch in shard_data(f"{folder}/*.tar").loader(Layout(4), 0, 4, 0, 12)]
+    gc.collect()
+    assert [batch["label"].tolist() for batch in batches] == alone
+    lent = [batch for batch in batches if batch["label"].data_ptr() - batch["image"].data_ptr() == 64]
+    assert len(lent) <= 2 * loading.LENDABLE
 
 
 def test_workers_stay_within_their_prefetch(folder, tmp_path):
