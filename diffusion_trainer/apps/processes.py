@@ -24,6 +24,7 @@ from diffusion_trainer.apps import post_mortem
 from diffusion_trainer.callbacks import attempts
 from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS, signals_to_stop
 from diffusion_trainer.callbacks.last_words import RankFiles
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
 
 ROLLED_BACK = 75  # exit code (EX_TEMPFAIL of sysexits.h): to be started again, from an earlier checkpoint
@@ -57,9 +58,20 @@ def current() -> World | None:
     if "LOCAL_RANK" in env:
         size = int(env.get("WORLD_SIZE", 1))
         local_size = int(env.get("LOCAL_WORLD_SIZE", size))
-        env.setdefault("NODE_RANK", env.get("GROUP_RANK", "0"))  # torchrun's name for it
-        return World(int(env.get("RANK", env["LOCAL_RANK"])), size, max(1, size // local_size), False)
+        rank = int(env.get("RANK", env["LOCAL_RANK"]))
+        _check_rank(rank, local_size)
+        return World(rank, size, max(1, size // local_size), False)
     return None
+
+
+def _check_rank(rank: int, local_size: int) -> None:
+    """Lightning counts ranks by nodes: two that both take themselves for rank 0 would wait for each other for ever."""
+    node, local = LightningEnvironment().node_rank(), int(os.environ["LOCAL_RANK"])
+    if rank != node * local_size + local:
+        raise UserError(
+            f"RANK={rank} LOCAL_RANK={local} contradict GROUP_RANK={node} (or NODE_RANK) and LOCAL_WORLD_SIZE="
+            f"{local_size}, which make it rank {node * local_size + local}: set them all, as torchrun does"
+        )
 
 
 @contextmanager

@@ -107,6 +107,14 @@ def test_more_processes_than_the_strategy_has_are_refused(refused, monkeypatch):
     assert "2 processes were started, this strategy has 1" in refused(*DIGITS, "strategy=single")
 
 
+def test_ranks_that_do_not_fit_their_nodes_are_refused(refused, monkeypatch):
+    """Both would take themselves for rank 0, and wait for each other."""
+    for name, value in {"LOCAL_RANK": "0", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    said = refused(*DIGITS, "strategy=ddp")
+    assert "RANK=1 LOCAL_RANK=0 contradict GROUP_RANK=0 (or NODE_RANK) and LOCAL_WORLD_SIZE=2" in said
+
+
 def test_verbs_and_flags_are_explained(refused):
     assert "the verbs are train, submit, doctor, sample" in refused("trian")
     assert "there is no such flag" in refused("train", "--sweep")
