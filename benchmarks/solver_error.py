@@ -10,8 +10,9 @@ same for all, is not.
 
 deterministic   root mean square over samples and dimensions of x / alpha less that of the probability flow, which is
                 Dormand and Prince's method at a tolerance of 1e-11; sampler=dopri5 is drawn over its tolerance
-stochastic      the covariance of what is drawn less the true one, over the true one (Frobenius norms), both exact, on
-                one Gaussian. Predictor-corrector is left out: it is not affine, so that its law has no closed form
+stochastic      the covariance of what is drawn less the true one, over the true one (Frobenius norms): on the mixture
+                of 131,072 draws, whose own noise is drawn as a line, and on one Gaussian exactly, where a solver's law
+                has a closed form (the predictor-corrector's has none, it is not affine)
 """
 
 import argparse
@@ -29,14 +30,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the closed-form truth lives there
 
-from exact import GAUSSIAN, MIXTURE, ExactDenoiser  # noqa: E402
+from exact import GAUSSIAN, MIXTURE, ExactDenoiser, Pixels  # noqa: E402
 from solving import law  # noqa: E402
 
 from diffusion_trainer.apps.nodes import build  # noqa: E402
 from diffusion_trainer.process.denoiser import Denoiser  # noqa: E402
 from diffusion_trainer.process.levels import levels  # noqa: E402
 from diffusion_trainer.process.schedules import Schedule  # noqa: E402
+from diffusion_trainer.process.variances import FixedSmall  # noqa: E402
 from diffusion_trainer.sampling.adaptive import DormandPrince  # noqa: E402
+from diffusion_trainer.sampling.edm import EDMHeun  # noqa: E402
 from diffusion_trainer.sampling.grids import UniformLogSNR  # noqa: E402
 from diffusion_trainer.sampling.predictor_corrector import PredictorCorrector  # noqa: E402
 from diffusion_trainer.sampling.sampler import Sampler  # noqa: E402
@@ -46,6 +49,8 @@ STEPS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 28, 32, 40, 50, 64, 80,
 TOLERANCES = tuple(10 ** (-i / 2) for i in range(1, 15))
 SCHEDULES = ("linear", "rectified_flow")
 SAMPLES = 256
+DRAWS = (256, 512)  # images and pixels; the corrector's step size is an image's
+EXACT_DRAWS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,24 @@ def law_error(sampler: Sampler, schedule: Schedule) -> tuple[int, float]:
     return sampler.num_steps, ((law(sampler, schedule)[1] - exact).norm() / exact.norm()).item()
 
 
+def drawn(count: int, schedule: Schedule, seed: int) -> Tensor:
+    """The covariance of so many x_0_hat of exact x_t at the clean end: where every sampler makes its last jump."""
+    _, alpha, sigma = levels(schedule, schedule.t_range[:1])[0]
+    generator = torch.Generator().manual_seed(seed)
+    x_0, _ = MIXTURE.sample(count, generator)
+    x_t = alpha * x_0 + sigma * torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
+    return MIXTURE.denoise(x_t, torch.tensor(alpha), torch.tensor(sigma)).T.cov()
+
+
+def draws_error(sampler: Sampler, schedule: Schedule, exact: Tensor) -> tuple[int, float]:
+    """As `law_error`, on the mixture, of any stochastic sampler: images whose pixels are independent draws."""
+    denoiser, generator = Counting(Pixels(MIXTURE)), torch.Generator().manual_seed(0)
+    noise = lambda: torch.randn(*DRAWS, 2, generator=generator, dtype=torch.float64)  # noqa: E731
+    x_0 = sampler(denoiser, schedule, FixedSmall(), noise(), None, noise)
+    covariance = x_0.reshape(-1, 2).T.cov()
+    return len(denoiser.calls), ((covariance - exact).norm() / exact.norm()).item()
+
+
 def curve(names: Sequence[str], sampler: Sampler, error: Callable[[Sampler], tuple[int, float]]) -> dict[str, Any]:
     points = dict(error(version) for version in versions(sampler))
     points = {calls: points[calls] for calls in sorted(points) if FEWEST <= calls <= MOST}
@@ -117,8 +140,8 @@ def curve(names: Sequence[str], sampler: Sampler, error: Callable[[Sampler], tup
     return {"samplers": names, "order": order, "calls": list(points), "errors": list(points.values())}
 
 
-def measure() -> dict[str, dict[str, Any]]:
-    """Panel -> name -> curve."""
+def measure() -> dict[str, Any]:
+    """Panel -> name -> curve; mixture_noise: the error of as many exact draws."""
     report, known = {}, samplers()
     for name in SCHEDULES:
         schedule = from_conf("schedule", name)
@@ -129,25 +152,39 @@ def measure() -> dict[str, dict[str, Any]]:
             if sampler.solver.deterministic
         }
     schedule = from_conf("schedule", SCHEDULES[0])
+    random = {first: entry for first, entry in known.items() if not entry[1].solver.deterministic}
     report["stochastic"] = {
         first: curve(names, sampler, lambda s: law_error(s, schedule))
-        for first, (names, sampler) in known.items()
-        if not (sampler.solver.deterministic or isinstance(sampler.solver, PredictorCorrector))
+        for first, (names, sampler) in random.items()
+        if not isinstance(sampler.solver, PredictorCorrector)
     }
+    random["edm, churn 10"] = (["edm"], replace(known["edm"][1], solver=EDMHeun(churn=10.0)))
+    exact = drawn(EXACT_DRAWS, schedule, 1)
+    report["mixture"] = {
+        first: curve(names, sampler, lambda s: draws_error(s, schedule, exact))
+        for first, (names, sampler) in random.items()
+    }
+    sets = [drawn(DRAWS[0] * DRAWS[1], schedule, seed) for seed in range(2, 18)]
+    report["mixture_noise"] = sum(((c - exact).norm() / exact.norm()).item() for c in sets) / len(sets)
     return report
 
 
 TITLES = {
     "linear": "deterministic, schedule=linear",
     "rectified_flow": "deterministic, schedule=rectified_flow",
-    "stochastic": "stochastic, schedule=linear",
+    "mixture": "stochastic, schedule=linear",
+    "stochastic": "stochastic, one Gaussian",
 }
 COLOURS = {
     "ddim": "black", "ancestral": "black", "dpmpp_2m": "tab:blue", "dpmpp_3m": "navy", "dpmpp_2s": "deepskyblue",
     "dpmpp_sde_2m": "tab:blue", "unipc": "tab:purple", "heun": "tab:green", "midpoint": "olive", "edm": "tab:orange",
     "ipndm": "tab:red", "pndm": "tab:pink", "dopri5": "tab:brown", "euler_maruyama": "tab:red",
+    "edm, churn 10": "tab:orange", "predictor_corrector_ve": "tab:green",
 }  # fmt: skip
-LABELS = {"ddim": "ddim, euler", "ancestral": "ancestral"}  # the first of a solver's names, unless these
+LABELS = {
+    "ddim": "ddim, euler",
+    "predictor_corrector_ve": "predictor-corrector",
+}  # the first of a solver's names, unless these
 LOWEST, HIGHEST = 1e-5, 1.0
 
 
@@ -158,8 +195,9 @@ def draw(report: dict[str, dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = pyplot.subplots(1, len(report), figsize=(12.5, 6), sharey=True, layout="constrained")
-    for ax, (panel, curves) in zip(axes, report.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(TITLES), figsize=(16, 6), sharey=True, layout="constrained")
+    for ax, panel in zip(axes, TITLES, strict=True):
+        curves = report[panel]
         ax.set(xscale="log", yscale="log", title=TITLES[panel], xlabel="calls of the network")
         ax.set(xlim=(FEWEST, MOST), ylim=(LOWEST, HIGHEST))
         ax.set_xticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
@@ -170,7 +208,12 @@ def draw(report: dict[str, dict[str, Any]], file: Path) -> None:
                 c["calls"], c["errors"], color=COLOURS.get(name, "dimgray"), marker="o", markersize=2.5, linewidth=1.5
             )
         label(ax, curves)
-    axes[0].set_ylabel("RMS error of x; right: relative error of the covariance")
+        if panel == "mixture":
+            ax.axhline(report["mixture_noise"], color="darkgray", linestyle=":", linewidth=1)
+            ax.annotate(
+                "of exact draws", (FEWEST * 1.05, report["mixture_noise"] * 0.8), color="gray", fontsize=9, va="top"
+            )
+    axes[0].set_ylabel("RMS error of x; two on the right: relative error of the covariance")
     figure.savefig(file, dpi=128, pil_kwargs={"optimize": True})
 
 

@@ -47,16 +47,29 @@ def test_the_law_error_falls_with_the_order_of_the_solver(script, schedule):
 
 def test_the_numbers_in_docs_have_every_sampler_of_conf(script):
     report = json.loads((ROOT / "docs" / "solver_error.json").read_text())
-    assert set(report) == {*script.SCHEDULES, "stochastic"}
+    floor = report.pop("mixture_noise")
+    assert set(report) == {*script.SCHEDULES, "stochastic", "mixture"}
+    assert min(error for c in report["mixture"].values() for error in c["errors"]) > floor / 3
     deterministic = {name for name, s in SAMPLERS.items() if s.solver.deterministic}
+    others = set(SAMPLERS) - deterministic
     correctors = {name for name, s in SAMPLERS.items() if isinstance(s.solver, PredictorCorrector)}
     for panel, curves in report.items():
-        wanted = set(SAMPLERS) - deterministic - correctors if panel == "stochastic" else deterministic
+        random = {"stochastic": others - correctors, "mixture": others | {"edm"}}
+        wanted = random.get(panel, deterministic)
         assert {name for c in curves.values() for name in c["samplers"]} == wanted
         for c in curves.values():
             assert all(script.FEWEST <= calls <= script.MOST for calls in c["calls"])
             assert c["calls"] == sorted(set(c["calls"]))
             assert c["errors"][0] > c["errors"][-1] > 0
+
+
+def test_the_error_of_draws_is_that_of_the_solver(script, schedule, monkeypatch):
+    """On the Gaussian, where the exact law is known, but for the noise of the draws."""
+    monkeypatch.setattr(script, "MIXTURE", script.GAUSSIAN)
+    monkeypatch.setattr(script, "DRAWS", (64, 512))
+    sampler = replace(script.samplers()["ancestral"][1], num_steps=10)
+    calls, error = script.draws_error(sampler, schedule, script.drawn(1 << 20, schedule, 1))
+    assert (calls, error) == (10, pytest.approx(script.law_error(sampler, schedule)[1], rel=0.03))
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "unipc"])
