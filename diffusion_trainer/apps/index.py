@@ -13,7 +13,7 @@ from diffusion_trainer.callbacks.redaction import filled
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES
 from diffusion_trainer.streaming.indexing import Report, index
-from diffusion_trainer.streaming.remote import Gone, Remote
+from diffusion_trainer.streaming.remote import Gone, Remote, globbed
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.sites import RemoteSite, Site
 from diffusion_trainer.streaming.urls import expanded, is_pipe, is_url
@@ -82,7 +82,7 @@ def sites(patterns: Sequence[str], config: dict) -> list[Path | Site]:
         if is_pipe(pattern):
             raise UserError(f"{pattern}: the output of a command has no place for an index; give a path or a URL")
         for url in expanded(pattern):
-            urls = remote.glob(url) if "*" in url else [url]
+            urls = globbed(remote, retries, url) if "*" in url else [url]
             found += [RemoteSite(each, remote, retries, out) for each in urls]
             if not urls:
                 raise UserError(f"no object matches {url}")

@@ -39,6 +39,7 @@ class CountDamage(RunCallback):
         self._counts: Counter[str] = Counter()  # by kind, of this process
         self._shards: Counter[tuple[str, str]] = Counter()  # by kind and shard, of this process
         self._new = [(at, Found(*found)) for at, found in kept["new"]] if run.first else []  # with the images seen then
+        self._unlisted: list[tuple[int, Found]] = []  # on a disk that was full
         self._listed = self._forget_after(self._began) if run.first else set()
 
     def before_save(self) -> None:
@@ -84,9 +85,12 @@ class CountDamage(RunCallback):
         found = [f for share in self.run.agreement.gather(self._new) for f in share]
         self._new = []
         if found:
-            if self.run.first:
-                self._write(found)
+            self._unlisted += found
             self._tell(found)
+        if self._unlisted and self.run.first:
+            with self.run.going_on(LIST):
+                self._write(self._unlisted)
+                self._unlisted = []
         return bool(found) and sum(self._counts.values()) > self.budget * self._seen, bool(found)
 
     def _tell(self, found: Sequence[tuple[int, Found]]) -> None:

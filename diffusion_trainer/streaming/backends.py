@@ -6,6 +6,11 @@ from typing import Any
 
 EXTRAS = {"http": "http", "https": "http", "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of our package
 
+# To open an object for one reading from its start. http: in a single request; any size will do, but without one fsspec
+# asks first, and takes a server that does not answer for one that has no such object. Others: in blocks of 8 MiB.
+HTTP_STREAM: Mapping[str, int] = {"block_size": 0, "size": 1}
+STREAM: Mapping[str, int] = {"block_size": 1 << 23}
+
 
 def options_of(protocol: str, timeout_seconds: float, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Of the backend: what is chosen, on top of what holds for all. ImportError where it needs what is not there."""
@@ -29,7 +34,8 @@ def _gcsfs(seconds: float) -> dict[str, Any]:
     # Else it asks by gRPC what kind of bucket it is: for half a minute of any store that is not Google's, and a process
     # that has used gRPC had better not be forked. Read when gcsfs is imported.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    return {"session_kwargs": _aiohttp(seconds)}
+    session = _aiohttp(seconds)
+    return {"session_kwargs": session, "requests_timeout": session["timeout"]}  # each request has one: None is for ever
 
 
 DEFAULTS: Mapping[str, Callable[[float], dict[str, Any]]] = {
@@ -37,7 +43,9 @@ DEFAULTS: Mapping[str, Callable[[float], dict[str, Any]]] = {
         ("http", "https"),
         lambda s: {"client_kwargs": {**_aiohttp(s), "headers": {"Accept-Encoding": "identity"}}},
     ),
-    **dict.fromkeys(("s3", "s3a"), lambda s: {"config_kwargs": _botocore(s)}),
+    # One request an object. s3fs would ask for its size first and then hold ten pieces of 50 MB in memory, for each
+    # thread that fetches.
+    **dict.fromkeys(("s3", "s3a"), lambda s: {"config_kwargs": _botocore(s), "max_concurrency": 1}),
     **dict.fromkeys(("gs", "gcs"), _gcsfs),
 }
 

@@ -17,8 +17,8 @@ from itertools import count
 from pathlib import Path
 
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.answers import FULL
 from diffusion_trainer.streaming.locks import locked
-from diffusion_trainer.streaming.remote import FULL
 
 AT_ONCE = 16  # a full cache loses at least a sixteenth: who keeps a million small pieces does not list them for each
 FULL_TRIES = 20

@@ -15,9 +15,9 @@ from diffusion_trainer.streaming.fetching import Part
 from diffusion_trainer.streaming.files import Files
 from diffusion_trainer.streaming.files import pieces as pieces_of
 from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index
-from diffusion_trainer.streaming.remote import Gone, Remote, read
+from diffusion_trainer.streaming.remote import Gone, Remote, globbed, read
 from diffusion_trainer.streaming.retries import Retries, Sick
-from diffusion_trainer.streaming.stores import LocalStore, Store, is_glob, listing, matching
+from diffusion_trainer.streaming.stores import LocalStore, Store, content, is_glob, listing, matching, remedy
 from diffusion_trainer.streaming.urls import Location, expanded, is_pipe, is_url, located
 
 WITNESSES = 4  # shards that are asked for to see whether a store is up
@@ -59,9 +59,17 @@ class CachedStore(Store):
     def read(self, shard: Shard, offset: int, into: memoryview) -> None:
         if not is_url(shard.url):
             return self._local.read(shard, offset, into)
+        return self._read(shard, offset, into)
+
+    def read_again(self, shard: Shard, offset: int, into: memoryview) -> None:
+        """Pieces have no checksum of their own, and disks of nodes rot: fetched once more, it is believed."""
+        if is_url(shard.url):
+            self._read(shard, offset, into, again=True)
+
+    def _read(self, shard: Shard, offset: int, into: memoryview, again: bool = False) -> None:
         end, done = min(offset + len(into), shard.size), 0
         for _, first, size in pieces_of(shard, offset, end, self.piece_bytes):
-            descriptor, at = self._files.descriptor(shard, first, size), offset + done - first
+            descriptor, at = self._files.descriptor(shard, first, size, again), offset + done - first
             wanted = into[done : done + size - at]
             while wanted:
                 count = os.preadv(descriptor, [wanted], at)
@@ -75,16 +83,15 @@ class CachedStore(Store):
     def sidecar(self, shard: Shard, suffix: str) -> bytes:
         if not is_url(shard.url):
             return self._local.sidecar(shard, suffix)
+        how = remedy(shard, suffix == SIZES)
         if self.index is not None:
-            return self._local.sidecar(replace(shard, url=str(Path(self.index) / located(shard.url).name)), suffix)
+            return content(f"{Path(self.index) / located(shard.url).name}{suffix}", f"{how} out={self.index}")
         part = Part.sidecar(shard, suffix)
         try:
-            return self._files.content(part)
+            data = self._files.content(part)
+            return data if shard.fits(suffix, data) else self._files.content(replace(part, again=True))
         except Gone as gone:
-            raise UserError(
-                f"{part.url} is missing; make it: diffusion-trainer index '{shard.url}' again=true"
-                + (" image_sizes=true" if suffix == SIZES else "")
-            ) from gone
+            raise UserError(f"{part.url} is missing; make it: {how}") from gone
 
     def find(self, *patterns: str) -> list[Shard]:
         listed, indexes = listing(), {}
@@ -131,7 +138,7 @@ class CachedStore(Store):
     def _folders(self, place: Location) -> list[str]:
         if place.before or not is_glob(place.folder):
             return [place.folder]
-        found = self._remote.glob(place.folder.rstrip("/"))
+        found = globbed(self._remote, self._retries, place.folder)
         return [f"{folder.rstrip('/')}/" for folder in found] or [place.folder]  # its name only looks like a pattern
 
     def _index(self, place: Location) -> dict[str, Shard]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from isal import isal_zlib
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.base import Data
@@ -20,7 +19,7 @@ from diffusion_trainer.streaming.index import SIZES, Shard
 from diffusion_trainer.streaming.loader import Layout, Loader
 from diffusion_trainer.streaming.order import Mix, Order, shares
 from diffusion_trainer.streaming.samples import Samples
-from diffusion_trainer.streaming.stores import LocalStore, Store, stale
+from diffusion_trainer.streaming.stores import LocalStore, Store, remedy, stale
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class ShardData(Data):
             name: [(shard.url.rpartition("/")[2], shard.samples, shard.crc32) for shard in shards]
             for name, shards in self.by_source.items()
         }
-        sizes = [isal_zlib.crc32(self.store.sidecar(s, SIZES)) for s in self.samples.shards] if self.buckets else []
+        sizes = [shard.sizes for shard in self.samples.shards] if self.buckets else []
         return blake2b(repr((known, sizes) if sizes else known).encode(), digest_size=16).hexdigest()
 
     def loader(self, layout: Layout, seed: int, lanes: int, first_step: int, last_step: int) -> Loader:
@@ -132,10 +131,14 @@ class ShardData(Data):
         return Mix(orders, shares(weights, self.mixing_period))
 
     def _buckets_of(self, shard: Shard) -> np.ndarray:
-        sizes = np.frombuffer(self.store.sidecar(shard, SIZES), "<u4").reshape(-1, 2)
-        if len(sizes) != shard.samples:
+        if shard.sizes is None:
+            raise UserError(
+                f"data.buckets: the index has no sizes of the images in {shard.url}; make it: {remedy(shard, True)}"
+            )
+        data = self.store.sidecar(shard, SIZES)
+        if len(data) != 8 * shard.samples or not shard.fits(SIZES, data):
             raise stale(shard)
-        return nearest(sizes, self.buckets).astype(np.uint8)
+        return nearest(np.frombuffer(data, "<u4").reshape(-1, 2), self.buckets).astype(np.uint8)
 
     def place(self, i: int) -> tuple[int, int]:
         """Shard and sample in it of sample i of the set, in the order of the shards."""

@@ -10,12 +10,11 @@ from typing import NamedTuple
 from isal import isal_zlib
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.damage import BadArchive, Truncated
 from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, SIZES, Shard
 from diffusion_trainer.streaming.remote import Gone, NoRange, Remote, TooMuch
 from diffusion_trainer.streaming.retries import Retries, Sick, Twice
 from diffusion_trainer.streaming.stores import stale
-from diffusion_trainer.streaming.tar import BLOCK, entries
+from diffusion_trainer.streaming.tar import BLOCK, is_header
 from diffusion_trainer.streaming.urls import located
 
 SIDECARS: Mapping[str, tuple[int, int]] = {
@@ -29,12 +28,16 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """What is fetched at once: `size` bytes of a shard from `first` on (None: all of it), or a file beside it."""
+    """What is fetched at once: `size` bytes of a shard from `first` on (None: all of it), or a file beside it.
+
+    again: because what came before, or has lain in the cache, is not what was indexed: an entry of its own.
+    """
 
     shard: Shard
     size: int
     first: int | None = None
     suffix: str = ""
+    again: bool = False
 
     @classmethod
     def sidecar(cls, shard: Shard, suffix: str) -> "Part":
@@ -50,13 +53,13 @@ class Part:
     def name(self) -> str:
         """In a cache: 32 hexadecimal digits that differ for shards of one name that are not the same."""
         key = (self.url, self.shard.size, self.shard.crc32, self.first, self.size, self.crc32)
-        return blake2b(repr(key).encode(), digest_size=16).hexdigest()
+        return blake2b(repr((*key, "again") if self.again else key).encode(), digest_size=16).hexdigest()
 
     @property
     def crc32(self) -> int | None:
         """Of its bytes, where the index has it."""
         if self.suffix:
-            return {OFFSETS: self.shard.offsets, CHECKSUMS: self.shard.checksums}.get(self.suffix)
+            return self.shard.own(self.suffix)
         return self.shard.crc32 if self.first is None else None
 
     @property
@@ -167,9 +170,5 @@ def _measured(path: Path) -> Came:
 
 
 def _is_tar(head: bytes) -> bool:
-    try:
-        return len(head) >= BLOCK and next(entries(head[:BLOCK], checked=True), True) is not None
-    except Truncated:
-        return True  # the member goes on behind the header
-    except BadArchive:
-        return False
+    """Or the end mark of an empty one."""
+    return len(head) >= BLOCK and (is_header(head[:BLOCK]) or not any(head[:BLOCK]))

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
-from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.ahead import Ahead
 from diffusion_trainer.streaming.cache import Cache, touch
 from diffusion_trainer.streaming.damage import MissingShard
 from diffusion_trainer.streaming.fetching import Part, fetch
 from diffusion_trainer.streaming.index import Shard
-from diffusion_trainer.streaming.remote import Gone, Remote, is_there
+from diffusion_trainer.streaming.remote import Gone, Remote, check_there
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.stores import MAX_OPEN
 
@@ -25,6 +24,7 @@ AHEAD_RETRIES = 2  # a part that the background cannot get soon is left to its r
 THREADS = 4
 
 Piece = tuple[Shard, int, int]  # first byte, size
+Key = tuple[str, int, bool]  # URL, first byte, whether it was fetched again
 
 
 class Files:
@@ -37,22 +37,22 @@ class Files:
         self.cache = Cache(folder, limit, release=self._close_evicted)
         self.remote, self.retries = remote, retries
         self.witnesses = witnesses  # what else should be where a shard is
-        self._open: OrderedDict[tuple[str, int], tuple[int, float]] = OrderedDict()  # descriptor, when it was marked
-        self._evicted: dict[tuple[str, int], float] = {}  # when
+        self._open: OrderedDict[Key, tuple[int, float]] = OrderedDict()  # descriptor, when it was marked
+        self._evicted: dict[Key, float] = {}  # when
         self._gone: set[str] = set()
         self._look_again = 0.0
         weakref.finalize(self, _close, self._open).atexit = False
 
-    def descriptor(self, shard: Shard, first: int, size: int) -> int:
+    def descriptor(self, shard: Shard, first: int, size: int, again: bool = False) -> int:
         """Of a file with the shard's bytes from `first` on; fewer than `size` if the shard ends before.
 
         MissingShard if the store has none; UserError if it does not answer.
         """
-        key, now = (shard.url, first), time.monotonic()
+        key, now = (shard.url, first, again), time.monotonic()
         if now > self._look_again:
             self._close_evicted()
             self._look_again = now + LOOK_SECONDS
-        descriptor, marked = self._open.get(key) or self._opened(key, (shard, first, size))
+        descriptor, marked = self._open.get(key) or self._opened(key, shard, _part((shard, first, size), again))
         if now - marked > TOUCH_SECONDS:
             touch(descriptor)
             self._open[key] = descriptor, now
@@ -72,8 +72,7 @@ class Files:
         cache = Cache(self.cache.folder, self.cache.limit, wait=False)
         return Ahead(partial(_fetch_ahead, cache, self.remote, self.retries), THREADS)
 
-    def _opened(self, key: tuple[str, int], piece: Piece) -> tuple[int, float]:
-        shard, part = piece[0], _part(piece)
+    def _opened(self, key: Key, shard: Shard, part: Part) -> tuple[int, float]:
         if shard.url in self._gone:
             raise MissingShard("the store has no such object")
         self._close_evicted()
@@ -81,22 +80,13 @@ class Files:
         try:
             descriptor = self.cache.open(part.name, part.size, partial(fetch, self.remote, self.retries, part))
         except Gone as gone:
-            self._check_store(shard.url)
+            check_there(self.remote, self.retries, shard.url, self.witnesses(shard.url))
             self._gone.add(shard.url)
             raise MissingShard("the store has no such object") from gone
         self._open[key] = descriptor, time.monotonic()
         if len(self._open) > MAX_OPEN:
             os.close(self._open.popitem(last=False)[1][0])
         return self._open[key]
-
-    def _check_store(self, url: str) -> None:
-        """A shard is missing only from a store that has something else of the same folder."""
-        others = self.witnesses(url)
-        if not any(is_there(self.remote, self.retries, other) for other in others):
-            raise UserError(
-                f"neither {url} is there any more nor {' nor '.join(others) or 'anything else'}: "
-                "is it the right store, and all of it up? The checkpoint stands; start again to resume"
-            )
 
     def _close_evicted(self) -> None:
         for key, (descriptor, _) in list(self._open.items()):
@@ -105,7 +95,7 @@ class Files:
                 del self._open[key]
                 self._evicted[key] = time.monotonic()
 
-    def _warn_if_evicted(self, key: tuple[str, int]) -> None:
+    def _warn_if_evicted(self, key: Key) -> None:
         if time.monotonic() - self._evicted.pop(key, -TOUCH_SECONDS) < TOUCH_SECONDS:
             warnings.warn(
                 f"the cache {self.cache.folder} is too small: shards are removed and fetched again within a minute. "
@@ -114,7 +104,7 @@ class Files:
             )
 
 
-def _close(opened: dict[tuple[str, int], tuple[int, float]]) -> None:
+def _close(opened: dict[Key, tuple[int, float]]) -> None:
     while opened:
         os.close(opened.popitem()[1][0])
 
@@ -133,6 +123,6 @@ def pieces(shard: Shard, first: int, last: int, piece_bytes: int | None) -> Iter
         yield shard, start, min(size, shard.size - start)
 
 
-def _part(piece: Piece) -> Part:
+def _part(piece: Piece, again: bool = False) -> Part:
     shard, first, size = piece
-    return Part(shard, size, None if size == shard.size else first)
+    return Part(shard, size, None if size == shard.size else first, again=again)

@@ -34,10 +34,11 @@ PIECE = 1 << 22  # bytes read at a time
 MAX_SHARD = 1 << 40  # bytes that one may have
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate, which JSON may have and no file's name
 MAX_CRC32 = (1 << 32) - 1
+OWN = ("offsets", "checksums", "sizes")  # CRC-32s of the files beside a shard
 LARGEST = {  # of the numbers in an entry, as `Shard` has them in order
     "nsamples": MAX_SHARD // BLOCK,
     "filesize": MAX_SHARD,
-    **dict.fromkeys(("crc32", "offsets", "checksums"), MAX_CRC32),
+    **dict.fromkeys(("crc32", *OWN), MAX_CRC32),
 }
 
 
@@ -49,10 +50,15 @@ class Shard:
     crc32: int  # of the whole tar
     offsets: int | None = None  # CRC-32 of the .idx file: where the samples are; None: not known
     checksums: int | None = None  # CRC-32 of the .crc file: which bytes they had
+    sizes: int | None = None  # CRC-32 of the .size file; None: there is none
+
+    def own(self, suffix: str) -> int | None:
+        """CRC-32 of the sidecar, as far as that is known."""
+        return {OFFSETS: self.offsets, CHECKSUMS: self.checksums, SIZES: self.sizes}[suffix]
 
     def fits(self, suffix: str, data: bytes) -> bool:
         """Whether the bytes of the sidecar are those that belong to this index, as far as that is known."""
-        return {OFFSETS: self.offsets, CHECKSUMS: self.checksums}.get(suffix) in (None, isal_zlib.crc32(data))
+        return self.own(suffix) in (None, isal_zlib.crc32(data))
 
 
 class Scan(NamedTuple):
@@ -64,10 +70,12 @@ class Scan(NamedTuple):
     crc32: int
     fields: Mapping[tuple[str, ...], int]  # how many samples have these extensions
     damage: Damage | None  # why it ended before the tar's end mark; the samples are those before
+    sizes: np.ndarray | None = None  # (n, 2) uint32, height and width of the images
 
     def sidecars(self) -> dict[str, bytes]:
         """Of the files beside the tar, by their suffix."""
-        return {OFFSETS: self.offsets.tobytes(), CHECKSUMS: self.checksums.tobytes()}
+        found = {OFFSETS: self.offsets, CHECKSUMS: self.checksums, SIZES: self.sizes}
+        return {suffix: array.tobytes() for suffix, array in found.items() if array is not None}
 
     def shard(self, url: str) -> Shard:
         own = (isal_zlib.crc32(data) for data in self.sidecars().values())
@@ -154,8 +162,13 @@ def _check_end(file: _File, end: int) -> None:
 
 
 def write_sidecars(path: Path, found: Scan) -> None:
-    for suffix, data in found.sidecars().items():
-        replace_file(Path(f"{path}{suffix}"), data)
+    """What is there of another scan goes."""
+    made = found.sidecars()
+    for suffix in (OFFSETS, CHECKSUMS, SIZES):
+        if suffix in made:
+            replace_file(Path(f"{path}{suffix}"), made[suffix])
+        else:
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> None:
@@ -187,15 +200,14 @@ def serialized(shards: Iterable[Shard]) -> bytes:
 
 def entry_of(shard: Shard) -> dict[str, Any]:
     entry = {"url": shard.url, "nsamples": shard.samples, "filesize": shard.size, "crc32": shard.crc32}
-    known = {"offsets": shard.offsets, "checksums": shard.checksums}
-    return entry | {key: crc32 for key, crc32 in known.items() if crc32 is not None}
+    return entry | {key: crc32 for key in OWN if (crc32 := getattr(shard, key)) is not None}
 
 
 def shard_of(entry: Mapping[str, Any]) -> Shard:
     """KeyError, TypeError or ValueError for what is no entry: who wrote it may be a stranger."""
     name, size = _name(entry["url"]), _whole(entry, "filesize", MAX_SHARD)
     samples = _whole(entry, "nsamples", size // BLOCK)  # each has a header at least
-    own = (_whole(entry, k, MAX_CRC32) if entry.get(k) is not None else None for k in ("offsets", "checksums"))
+    own = (_whole(entry, k, MAX_CRC32) if entry.get(k) is not None else None for k in OWN)
     return Shard(name, samples, size, _whole(entry, "crc32", MAX_CRC32), *own)
 
 
@@ -216,6 +228,8 @@ def _name(url: Any) -> str:
 def _shards(entries: Sequence[Mapping[str, Any]], before: str, after: str) -> list[Shard]:
     """Column by column, what a hundred thousand entries one by one would take seconds for; these find the mistakes."""
     columns = [[entry.get(key) for entry in entries] for key in ("url", *LARGEST)]
+    if columns[-1].count(None) == len(entries):
+        columns.pop()  # most have no sizes
     if _is_plain(*columns):
         found = list(map(Shard, [f"{before}{name}{after}" for name in columns[0]], *columns[1:]))
     else:
@@ -232,7 +246,7 @@ def _is_plain(names: Sequence, *numbers: Sequence) -> bool:
     letters = "".join(names)
     if _HALF.search(letters) or "/" in letters or "\0" in letters or not {"", ".", ".."}.isdisjoint(names):
         return False
-    in_bounds = (not c or (min(c) >= 0 and max(c) <= most) for c, most in zip(numbers, LARGEST.values(), strict=True))
+    in_bounds = (not c or (min(c) >= 0 and max(c) <= most) for c, most in zip(numbers, LARGEST.values(), strict=False))
     return all(in_bounds) and all(n <= size // BLOCK for n, size in zip(*numbers[:2], strict=True))
 
 

@@ -109,7 +109,8 @@ def _without_index(sites: Sequence[Site], image_sizes: bool, report: Report) -> 
         entries = {shard.url: shard for shard in here[0].listed()}
         for site in here:
             entry = entries.get(site.name)
-            if entry is None or not site.is_indexed(entry.size, suffixes):
+            lacks_sizes = image_sizes and entry is not None and entry.sizes is None
+            if entry is None or lacks_sizes or not site.is_indexed(entry.size, suffixes):
                 todo.append(site)
             else:
                 report.shards.append(entry)
@@ -143,9 +144,11 @@ def _scan(site: Site, keep_damaged: bool, image_sizes: bool) -> Result:
     with site.local() as path:
         found = scan(path)
         if found.damage is None or keep_damaged:
-            sizes = {SIZES: _sizes(path, found).tobytes()} if image_sizes else {}
-            for suffix, data in (found.sidecars() | sizes).items():
+            found = found._replace(sizes=_sizes(path, found) if image_sizes else None)
+            for suffix, data in found.sidecars().items():
                 site.put(f"{site.name}{suffix}", data)
+            if not image_sizes:
+                site.remove(f"{site.name}{SIZES}")
     return found.shard(site.name), Counter(found.fields), str(found.damage) if found.damage else None
 
 

@@ -21,7 +21,7 @@ from diffusion_trainer.streaming.damage import BadChecksum, Damage, Found, Missi
 from diffusion_trainer.streaming.describing import describe
 from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, PIECE, Scan, Shard, scan
 from diffusion_trainer.streaming.samples import Samples
-from diffusion_trainer.streaming.stores import Folder, LocalStore, folders, matching
+from diffusion_trainer.streaming.stores import Folder, LocalStore, Stale, folders, matching
 
 WRONG_INDEX = "wrong_index"  # beside the kinds of damage: what the index says does not fit
 WHOLE = -1  # the sample of a finding that concerns the whole shard
@@ -206,7 +206,12 @@ def look(contents: Sequence[Contents], num_samples: int | None, num_pictures: in
         if k not in usable:
             usable[k] = here[k].scan is not None or _has_tables(here[k].shard, survey)
         if usable[k]:
-            picture = _look_at(samples, k, number - ends[k] + here[k].shard.samples, survey)
+            try:
+                picture = _look_at(samples, k, number - ends[k] + here[k].shard.samples, survey)
+            except Stale as other:
+                survey.found.append(Found(WRONG_INDEX, here[k].shard.url, WHOLE, str(other)))
+                usable[k] = False
+                continue
             if picture is not None and j * num_pictures // count < (j + 1) * num_pictures // count:
                 survey.pictures.append(_small(picture))
     return survey
@@ -243,5 +248,6 @@ def _look_at(samples: Samples, k: int, i: int, survey: Survey) -> np.ndarray | N
             picture = found.picture if picture is None else picture
     except Damage as damage:
         survey.found.append(Found(damage.kind, samples.shards[k].url, i, f"{of}{damage}"))
-    survey.seconds += perf_counter() - begin
+    finally:
+        survey.seconds += perf_counter() - begin
     return picture

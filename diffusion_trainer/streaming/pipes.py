@@ -1,7 +1,7 @@
 """The output of shell commands, `pipe:` URLs, as webdataset opens them."""
 
 import select
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from webdataset.gopen import gopen_pipe
@@ -12,14 +12,17 @@ from diffusion_trainer.streaming.retries import Sick
 CHUNK = 1 << 16
 
 
-def run(url: str, write: Callable[[bytes], Any], timeout_seconds: float) -> None:
-    """Hands the command's output to `write`, piece by piece; Sick if it fails or is silent for so long."""
+def output(url: str, timeout_seconds: float) -> Iterator[bytes]:
+    """What the command writes, piece by piece; Sick if it fails or is silent for so long.
+
+    It is killed where no more is wanted.
+    """
     try:
         pipe = gopen_pipe(url, bufsize=0)  # no buffer, which `poll` could not see
     except ValueError as error:  # WDS_SECURE is set
         raise UserError(f"{url}: webdataset refuses it ({error})") from error
     try:
-        _copy(pipe.stream, write, timeout_seconds)
+        yield from _pieces(pipe.stream, timeout_seconds)
     except BaseException:
         pipe.proc.kill()
         raise
@@ -30,11 +33,12 @@ def run(url: str, write: Callable[[bytes], Any], timeout_seconds: float) -> None
         raise Sick(f"the command failed with exit code {code}")
 
 
-def _copy(stream: Any, write: Callable[[bytes], Any], timeout_seconds: float) -> None:
-    data, waiting = b"-", select.poll()  # `select` knows no descriptors above 1023
+def _pieces(stream: Any, timeout_seconds: float) -> Iterator[bytes]:
+    waiting = select.poll()  # `select` knows no descriptors above 1023
     waiting.register(stream, select.POLLIN)
-    while data:
+    while True:
         if not waiting.poll(1000 * timeout_seconds):
             raise Sick(f"the command was silent for {timeout_seconds} s")
-        data = stream.read(CHUNK)
-        write(data)
+        if not (data := stream.read(CHUNK)):
+            return
+        yield data

@@ -1,36 +1,31 @@
-"""Objects at URLs: fsspec's backends, and the many ways in which they say that something is wrong, in four."""
+"""Objects at URLs, through fsspec's backends."""
 
-import errno
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.callbacks import Callback
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming import pipes
-from diffusion_trainer.streaming.backends import EXTRAS, options_of
-from diffusion_trainer.streaming.retries import Result, Retries, Sick, Twice
+from diffusion_trainer.streaming.answers import Gone, NoRange, translated
+from diffusion_trainer.streaming.backends import EXTRAS, HTTP_STREAM, STREAM, options_of
+from diffusion_trainer.streaming.retries import AGAIN, Result, Retries, Sick, Twice
+from diffusion_trainer.streaming.stores import is_glob, matching
 from diffusion_trainer.streaming.urls import is_pipe
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk of this machine
-NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}  # botocore's, Google's
-S3_HIDES = " (S3 says so of an object that is not there, too, to those who may not list its bucket)"
-MAX_QUOTED = 300  # characters of somebody else's message
+HTTP = ("http://", "https://")
+# A forked process that dropped its parent's would close their connections in the loop that it shares with the parent,
+# who then waits for answers on these for ever.
+KEPT: set[fsspec.AbstractFileSystem] = set()
+CHUNK = 1 << 20  # bytes of a stream that come at a time, at most
 
 
-class Gone(Exception):
-    """The store says that it has no such object."""
-
-
-class NoRange(Sick):
-    """The store refuses a range of bytes: perhaps it lies beyond the object's end."""
+class NothingThere(PassingError):
+    """The store has neither the object nor what else should be there."""
 
 
 class TooMuch(Sick):
@@ -59,7 +54,7 @@ class Remote:
             with path.open("wb") as file:
                 return self._run(url, _Counted(file.write, at_most))
         system, name = self._system(url)
-        with _translated(url):  # one request; `open().read()` would make one for every few megabytes
+        with translated(url):  # one request; `open().read()` would make one for every few megabytes
             system.get_file(name, str(path), callback=_AtMost(at_most))
 
     def cat(self, url: str, first: int | None = None, last: int | None = None) -> bytes:
@@ -69,13 +64,24 @@ class Remote:
             self._run(url, pieces.append)
             return b"".join(pieces)
         system, name = self._system(url)
-        with _translated(url):
+        with translated(url):
             return system.cat_file(name, start=first, end=last)
+
+    def stream(self, url: str) -> Iterator[bytes]:
+        """The object from its start on, in pieces as they come."""
+        if is_pipe(url):
+            self._check_allowed(url)
+            return (yield from pipes.output(url, self.timeout_seconds))
+        system, name = self._system(url)
+        options = HTTP_STREAM if url.startswith(HTTP) else STREAM
+        with translated(url), system.open(name, "rb", **options) as file:
+            while data := file.read(CHUNK):
+                yield data
 
     def put(self, url: str, data: bytes) -> None:
         """Writes the object; NotImplementedError where the store takes none."""
         system, name = self._system(url)
-        with _translated(url), system.open(name, "wb") as file:
+        with translated(url), system.open(name, "wb") as file:
             file.write(data)
 
     def size(self, url: str) -> int | None:
@@ -84,27 +90,43 @@ class Remote:
             return None
         system, name = self._system(url)
         try:
-            with _translated(url):
+            with translated(url):
                 return system.info(name).get("size")
         except Gone:
             return None  # what fsspec's http says for a server that answers no HEAD
 
     def glob(self, pattern: str) -> list[str]:
-        """URLs of the objects or folders that it names, sorted; UserError where the store cannot list."""
-        if pattern.startswith(("http://", "https://")) or is_pipe(pattern):
+        """URLs of what it names, sorted: objects and folders, or folders alone if it ends with a slash. UserError where
+        the store cannot list.
+        """
+        if pattern.startswith(HTTP) or is_pipe(pattern):
             raise UserError(
                 f"{pattern}: such a store cannot list its folders; name them with braces, {{000..007}}. "
                 "In the last part of a URL, * works: the index.json in that folder knows the names"
             )
         system, name = self._system(pattern)
-        with _translated(pattern):
-            return sorted(system.unstrip_protocol(found) for found in system.glob(name))
+        parts = name.rstrip("/").split("/")
+        fixed = next((k for k, part in enumerate(parts) if is_glob(part)), len(parts) - 1)
+        found = {"/".join(parts[:fixed]) or "/"}
+        for k, part in enumerate(parts[fixed:], fixed):  # fsspec's own glob omits what a sick store does not list
+            folders = k + 1 < len(parts) or pattern.endswith("/")
+            try:
+                found = {each for folder in found for each in _within(system, folder, part, folders)}
+            except Gone as gone:
+                if k == fixed:
+                    return []
+                raise Sick(f"a folder is listed, but not what is in it ({gone})") from gone
+        return sorted(map(system.unstrip_protocol, found))
 
     def _run(self, url: str, write: Callable[[bytes], Any]) -> None:
+        self._check_allowed(url)
+        for data in pipes.output(url, self.timeout_seconds):
+            write(data)
+
+    def _check_allowed(self, url: str) -> None:
         if not self.allow_pipe:
             raise UserError(f"{url}: it runs a shell command; set allow_pipe=true if that is what you want")
         _check_named(url)
-        pipes.run(url, write, self.timeout_seconds)
 
     def _system(self, url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         """fsspec's file system, which it keeps (a forked process gets its own), and the object's name in it."""
@@ -112,12 +134,24 @@ class Remote:
         _check_named(f"{url} {self.storage_options}")
         try:
             options = options_of(protocol, self.timeout_seconds, self.storage_options)
-            with _translated(url):
-                return fsspec.core.url_to_fs(url, **options)
+            with translated(url):
+                system, name = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
             extra = EXTRAS.get(protocol)
             needed = f"pip install 'diffusion-trainer[{extra}]'" if extra else str(error)
             raise UserError(f"{url}: what opens {protocol}:// is not installed; {needed}") from error
+        KEPT.add(system)
+        return system, name
+
+
+def _within(system: fsspec.AbstractFileSystem, folder: str, pattern: str, folders: bool) -> Iterator[str]:
+    """What a folder has of such a name; Gone where there is no such folder."""
+    with translated(system.unstrip_protocol(folder)):
+        listed = system.ls(folder, detail=True)
+    for entry in listed:
+        path, fits = entry["name"].rstrip("/"), entry["type"] != "file" or not folders
+        if fits and path != folder and matching([path.rpartition("/")[2]], pattern):
+            yield path
 
 
 def _check_named(text: str) -> None:
@@ -145,6 +179,19 @@ def read(remote: Remote, retries: Retries, url: str, parse: Callable[[bytes], Re
     return retries(url, attempt)
 
 
+def globbed(remote: Remote, retries: Retries, pattern: str) -> list[str]:
+    """What Remote.glob finds."""
+    twice = Twice()
+
+    def attempt() -> list[str]:
+        found = remote.glob(pattern)
+        if not found:  # some clients take a page of HTML for an empty listing
+            twice(Gone, "it lists nothing of such a name")
+        return found
+
+    return retries(pattern, attempt)
+
+
 def is_there(remote: Remote, retries: Retries, url: str) -> bool:
     twice = Twice()
 
@@ -159,6 +206,15 @@ def is_there(remote: Remote, retries: Retries, url: str) -> bool:
         return True
 
     return retries(url, attempt)
+
+
+def check_there(remote: Remote, retries: Retries, url: str, others: Sequence[str]) -> None:
+    """NothingThere, if none of these is: an object is missing only from a store that has something else."""
+    if not any(is_there(remote, retries, other) for other in others):
+        raise NothingThere(
+            f"neither {url} is there nor {' nor '.join(others) or 'anything else'}: is it the right store, and all of "
+            f"it up? {AGAIN}"
+        )
 
 
 @dataclass
@@ -188,45 +244,3 @@ class _AtMost(Callback):
 def _check(count: int, at_most: int) -> None:
     if count > at_most:
         raise TooMuch(f"more than {at_most} bytes came")
-
-
-@contextmanager
-def _translated(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (Sick, UserError, ImportError, NotImplementedError):
-        raise
-    except Exception as error:  # the backends' exceptions have no other base in common
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise
-        raise _translation(url, error) from error
-
-
-def _translation(url: str, error: Exception) -> Exception:
-    # aiohttp's and gcsfs' exceptions carry HTTP's status by these names; s3fs makes them FileNotFoundError and so on.
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    said = f"{type(error).__name__}: {error}"[:MAX_QUOTED]
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return Gone(said)
-    if status == 416 or (isinstance(error, OSError) and error.errno == errno.EINVAL):  # s3fs' word for 416
-        return NoRange(said)
-    forbidden = isinstance(error, PermissionError) or status in (401, 403, 407) or str(error).startswith("Forbidden")
-    if forbidden or type(error).__name__ in NO_CREDENTIALS:
-        return UserError(
-            f"{url} may not be read or written ({said}): check the credentials, in the environment or storage_options."
-            + S3_HIDES * url.startswith("s3")
-        )
-    if isinstance(error, TypeError) or type(error) is ValueError:  # not its subclasses: JSON that a sick store sent
-        return UserError(f"{url}: {said}; is the URL right, and do the storage_options fit it?")
-    return Sick(said, _asked_seconds(getattr(error, "headers", None) or {}))
-
-
-def _asked_seconds(headers: Mapping[str, str]) -> float:
-    """HTTP's Retry-After: seconds, or a date (RFC 9110, section 10.2.3)."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0  # absent, or nonsense

@@ -9,13 +9,14 @@ from isal import isal_zlib
 
 from diffusion_trainer.streaming.columns import Block
 from diffusion_trainer.streaming.cutter import Cutter
-from diffusion_trainer.streaming.damage import BadChecksum, Damage, TooLarge
+from diffusion_trainer.streaming.damage import BadChecksum, Damage, TooLarge, Truncated
 from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, Shard
 from diffusion_trainer.streaming.stores import Store, stale
-from diffusion_trainer.streaming.tar import key_and_extension, members
+from diffusion_trainer.streaming.tar import BLOCK, is_header, key_and_extension, members
 
 BLOCK_BYTES = 1 << 18  # which the caches of a core hold
 MAX_TABLE_BYTES = 1 << 26  # of the offsets and checksums that one process keeps
+PROBES = 8  # samples that are looked at to tell another shard from a damaged one
 
 
 class Samples:
@@ -25,6 +26,7 @@ class Samples:
         self.shards, self.store, self.max_bytes = shards, store, max_bytes
         self._tables: OrderedDict[int, tuple[array, array]] = OrderedDict()
         self._table_bytes = 0
+        self._others: dict[int, bool] = {}  # of shards with damage, whether they were written again
         self._cut = Cutter()
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
@@ -59,10 +61,44 @@ class Samples:
         if size > len(self._buffer):
             self._buffer = memoryview(bytearray(2 * size))
         data = self._buffer[at : at + size]
-        self.store.read(self.shards[k], first, data)
-        if isal_zlib.crc32(data) != checksums[i]:
-            raise BadChecksum("its bytes are not those that were indexed")
+        try:
+            self._load(self.shards[k], first, checksums[i], data)
+        except (BadChecksum, Truncated):
+            if k not in self._others:
+                self._others[k] = self._is_another(k, offsets, checksums)
+            if self._others[k]:
+                raise stale(self.shards[k]) from None
+            raise
         return data
+
+    def _load(self, shard: Shard, first: int, checksum: int, data: memoryview) -> None:
+        self.store.read(shard, first, data)
+        if isal_zlib.crc32(data) != checksum:
+            self.store.read_again(shard, first, data)
+            if isal_zlib.crc32(data) != checksum:
+                raise BadChecksum("its bytes are not those that were indexed")
+
+    def _is_another(self, k: int, offsets: array, checksums: array) -> bool:
+        """Whether the shard begins as tars do and none of several samples is what was indexed. So it was written again,
+        as long as before or shorter: what damages one leaves some of its samples, or no header at its beginning."""
+        probes = sorted({n * (len(checksums) - 1) // (PROBES - 1) for n in range(PROBES)})
+        if len(probes) < 2 or any(self._fits(k, offsets[i], offsets[i + 1], checksums[i]) for i in probes):
+            return False
+        head = bytearray(BLOCK)
+        try:
+            self.store.read(self.shards[k], 0, memoryview(head))
+        except Truncated:
+            return False
+        return is_header(head)
+
+    def _fits(self, k: int, first: int, last: int, checksum: int) -> bool:
+        if last - first > self.max_bytes:
+            return True  # it is not to be read, and tells nothing
+        try:
+            self._load(self.shards[k], first, checksum, memoryview(bytearray(last - first)))
+        except (BadChecksum, Truncated):
+            return False
+        return True
 
     def read(self, k: int, i: int) -> dict[str, memoryview]:
         """Extension -> bytes."""

@@ -45,6 +45,10 @@ class Site(ABC):
         data = self.beside(INDEX)
         return parse_index(data, f"{self.folder}{INDEX}") if data is not None else []
 
+    def remove(self, name: str) -> None:
+        """An index file of before, where one may; elsewhere it stays, and the index does not speak of it."""
+        return None
+
     def begin_anew(self) -> None:
         """Takes out of its folder's index what is there no more, and empties one that is none."""
         try:
@@ -95,6 +99,9 @@ class LocalSite(Site):
 
     def put(self, name: str, data: bytes) -> None:
         replace_file(self.path.with_name(name), data)
+
+    def remove(self, name: str) -> None:
+        self.path.with_name(name).unlink(missing_ok=True)
 
     def clean(self) -> None:
         remove_left(self.path.parent)
@@ -156,6 +163,10 @@ class RemoteSite(Site):
                 f"{url} cannot be written ({type(error).__name__}: {error}); write the index to a folder, out=..., and "
                 "train with data.store.index=... that folder, or copy its files to where the shards are"
             ) from error
+
+    def remove(self, name: str) -> None:
+        if self.out is not None:
+            LocalSite(self.out / self.name).remove(name)
 
     def clean(self) -> None:
         if self.out is not None:

@@ -8,17 +8,19 @@ import resource
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
-from diffusion_trainer.conventions import PassingError, UserError
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import MissingShard, Truncated
 from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, parse_index
-from diffusion_trainer.streaming.retries import AGAIN
+from diffusion_trainer.streaming.retries import Retries, Sick
 from diffusion_trainer.streaming.urls import expanded
 
-MISTAKES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # waiting mends none of them
+MISTAKES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # no waiting helps
+RETRIES = Retries(10, 0.5)  # of what waiting may mend: two minutes, as a rule
 MAX_OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # files of one process
 
 
@@ -31,6 +33,10 @@ class Store(ABC):
     def read(self, shard: Shard, offset: int, into: memoryview) -> None:
         """Fills `into` from byte `offset` on. Damage where the shard lacks these bytes; UserError where the storage
         does not answer."""
+
+    def read_again(self, shard: Shard, offset: int, into: memoryview) -> None:
+        """As `read`, once more from where the shard lies, if what was read may have been altered on the way."""
+        return None
 
     @abstractmethod
     def sidecar(self, shard: Shard, suffix: str) -> bytes:
@@ -56,6 +62,12 @@ class LocalStore(Store):
     _files: OrderedDict[str, int] = field(default_factory=OrderedDict, init=False, repr=False)
 
     def read(self, shard: Shard, offset: int, into: memoryview) -> None:
+        try:
+            self._read(shard, offset, into)
+        except Sick:
+            RETRIES(shard.url, lambda: self._read(shard, offset, into))
+
+    def _read(self, shard: Shard, offset: int, into: memoryview) -> None:
         descriptor = self._files.get(shard.url)
         if descriptor is None:
             descriptor = self._open(shard)
@@ -63,7 +75,10 @@ class LocalStore(Store):
             try:
                 count = os.preadv(descriptor, [into], offset)
             except OSError as error:
-                raise ill(shard.url, error) from error
+                del self._files[shard.url]
+                with suppress(OSError):  # of the same
+                    os.close(descriptor)
+                raise trouble(shard.url, error) from error  # a stale handle (ESTALE) is mended by opening again
             if count == 0:
                 raise Truncated(f"it has {os.fstat(descriptor).st_size} bytes, its index says {shard.size}")
             if count == len(into):
@@ -74,9 +89,10 @@ class LocalStore(Store):
         try:
             descriptor = os.open(shard.url, os.O_RDONLY)
         except FileNotFoundError as error:
+            check_folder(shard.url)
             raise MissingShard("there is no such file") from error
         except OSError as error:
-            raise ill(shard.url, error) from error
+            raise trouble(shard.url, error) from error
         if os.fstat(descriptor).st_size > shard.size:
             os.close(descriptor)
             raise stale(shard)
@@ -96,27 +112,33 @@ class LocalStore(Store):
                 f"shards: {pattern} is not a local path; use data=remote data.store.cache=<a folder on this node>"
             )
         names = expanded(pattern)
-        try:
-            return [shard for name in names for shard in _matching(name, listed)]
-        except OSError as error:
-            if error.errno in MISTAKES:
-                raise UserError(
-                    f"shards: {error.filename or pattern} cannot be read ({error.strerror}): check its name and "
-                    "permissions"
-                ) from error
-            raise ill(error.filename or pattern, error) from error
+
+        def attempt() -> list[Shard]:
+            try:
+                return [shard for name in names for shard in _matching(name, listed)]
+            except OSError as error:
+                raise trouble(error.filename or pattern, error) from error
+
+        return RETRIES(pattern, attempt)
 
     def sidecar(self, shard: Shard, suffix: str) -> bytes:
+        return content(f"{shard.url}{suffix}", remedy(shard, suffix == SIZES))
+
+
+def content(sidecar: str, how: str) -> bytes:
+    """Of an index file; the error tells how to make it if it is missing."""
+
+    def attempt() -> bytes:
         try:
-            with open(f"{shard.url}{suffix}", "rb") as file:
+            with open(sidecar, "rb") as file:
                 return file.read()
         except FileNotFoundError as error:
-            raise UserError(
-                f"{shard.url}{suffix} is missing; make it: diffusion-trainer index '{shard.url}' again=true"
-                + (" image_sizes=true" if suffix == SIZES else "")
-            ) from error
+            check_folder(sidecar)
+            raise UserError(f"{sidecar} is missing; make it: {how}") from error
         except OSError as error:
-            raise ill(f"{shard.url}{suffix}", error) from error
+            raise trouble(sidecar, error) from error
+
+    return RETRIES(sidecar, attempt)
 
 
 class Folder:
@@ -197,12 +219,31 @@ def _check_names_files(path: Path) -> None:
         raise UserError(f"shards: {path} is their index; name the files: {path.parent}/*.tar")
 
 
-def ill(path: str, error: OSError) -> PassingError:
-    return PassingError(f"{path} cannot be read ({error.strerror}): is its file system there? {AGAIN}")
+def check_folder(path: str) -> None:
+    """Sick, if the index that names the file is gone, too: then its file system is."""
+    if not os.path.exists(os.path.join(os.path.dirname(path), INDEX)):
+        raise Sick(f"{INDEX} beside it is gone, too: is its file system there?")
 
 
-def stale(shard: Shard) -> UserError:
-    return UserError(
+def trouble(path: str, error: OSError) -> Exception:
+    """What to raise for an error of the file system."""
+    if error.errno in MISTAKES:
+        return UserError(f"shards: {path} cannot be read ({error.strerror}): check its name and permissions")
+    return Sick(f"{error.strerror}: is its file system there?")
+
+
+def remedy(shard: Shard, image_sizes: bool = False) -> str:
+    """The command that makes the index of a shard anew, with all that it has, or is to have."""
+    sizes = " image_sizes=true" if image_sizes or shard.sizes is not None else ""
+    return f"diffusion-trainer index '{shard.url}' again=true{sizes}"
+
+
+class Stale(UserError):
+    """A shard is not what its index describes."""
+
+
+def stale(shard: Shard) -> Stale:
+    return Stale(
         f"shard {shard.url} is not what its index describes: it was written again. Make the index anew "
-        f"(diffusion-trainer index '{shard.url}'); that changes the order of samples, so start a new run folder"
+        f"({remedy(shard)}); that changes the order of samples, so start a new run folder"
     )

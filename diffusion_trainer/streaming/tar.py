@@ -94,6 +94,16 @@ def entries(data: Bytes, checked: bool = False) -> Iterator[tuple[Member, bool]]
         at = offset + padded(size)
 
 
+def is_header(block: bytes) -> bool:
+    """Whether so many bytes are the header of a member; its data may come behind."""
+    try:
+        return next(entries(block, checked=True), None) is not None
+    except Truncated:
+        return True
+    except BadArchive:
+        return False
+
+
 class _Long(NamedTuple):
     """What extended headers say of the next member, and where the first of them is."""
 

@@ -14,6 +14,7 @@ from diffusion_trainer.streaming.index import (
     CHECKSUMS,
     INDEX,
     OFFSETS,
+    SIZES,
     Shard,
     read_index,
     scan,
@@ -98,9 +99,10 @@ def publish(shards: Sequence[Shard], part: Path, folder: Path, name: str) -> Non
     _unlist(part, folder, name)
     new = {shard.url for shard in shards}
     for old in {file for file in os.listdir(folder) if is_shard_of(name, file)} - new:
-        for suffix in ("", OFFSETS, CHECKSUMS):
+        for suffix in ("", OFFSETS, CHECKSUMS, SIZES):
             (folder / f"{old}{suffix}").unlink(missing_ok=True)
     for shard in shards:
+        (folder / f"{shard.url}{SIZES}").unlink(missing_ok=True)
         for suffix in (OFFSETS, CHECKSUMS, ""):
             _move(part / f"{shard.url}{suffix}", folder)
     write_index(folder, shards)

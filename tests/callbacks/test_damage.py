@@ -1,6 +1,7 @@
 """Damaged samples are listed, whatever ends the run."""
 
 import csv
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,9 @@ from diffusion_trainer.apps.folder import write_config
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.damage import LIST, CountDamage
-from diffusion_trainer.conventions import PassingError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import Found
+from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
 FOUND = [Found("checksum", "x.tar", i, "its bytes are not those that were indexed") for i in range(3)]
 
@@ -49,6 +51,42 @@ def test_the_list_has_no_secrets(callback, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "canary-of-a-token")
     callback._write([(32, Found("missing", "https://host/canary-of-a-token/x.tar", 0, "canary-of-a-token"))])
     assert "32,missing,https://host/***/x.tar,0,***" in (tmp_path / LIST).read_text()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Trains in this process on 100 images in two shards, so many altogether."""
+
+    def go(num_images: int) -> int:
+        overrides = [
+            *setting, *tiny.NETWORK, "network.attention_levels=[]", "strategy=single", "trainer.accelerator=cpu",
+            f"folder='{tmp_path}/run'", f"num_images={num_images}", "callbacks.evaluate=null", "batch_size=1000",
+            "callbacks.checkpoint.every_n_images=1000000",
+        ]  # fmt: skip
+        config = load("train", overrides, TrainConfig)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        write_config(tmp_path / "run", config)
+        return rank.work(config, tmp_path / "run", World(0, 1, 1, False))
+
+    setting = tiny.overrides(tmp_path)
+    return go
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_too_much_damage_stops_a_run_at_the_next_mark_and_mended_it_goes_on(tmp_path, run):
+    """Not at its end: the mark is at 10,000 of 11,000 images. One in a hundred is broken, one in a thousand allowed."""
+    shard, saved = tmp_path / "tiny" / "train-000001.tar", lambda: Checkpoint(latest(tmp_path / "run" / "checkpoints"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
+    with pytest.raises(UserError, match=r"(?s)^100 of 10,000 samples are damaged, .*     100 checksum .*train-000001"):
+        run(11_000)
+    assert saved().images_seen == 10_000
+    with (tmp_path / "run" / LIST).open(newline="") as file:
+        rows = [(row["kind"], Path(row["shard"]).name, row["sample"]) for row in csv.DictReader(file)]
+    assert rows == [("checksum", shard.name, "0")] * 100
+    shard.write_bytes(whole)
+    assert run(11_000) == 0
+    assert saved().images_seen == 11_000
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -60,19 +60,22 @@ class Handler(BaseHTTPRequestHandler):
         self.server.arrived.release()
         data = self.server.files.get(self.path)
         if data is None:
-            return missing(self, b"", 404)
+            return self.fault(404)
         wanted = self.headers.get("Range") if self.server.ranges else None
         if wanted is None:
             return self.server.answer(self.path)(self, data, 200)
-        first, last = (int(digits) for digits in wanted.removeprefix("bytes=").split("-"))
+        first, last = (int(digits or len(data)) for digits in wanted.removeprefix("bytes=").split("-"))
         if first >= len(data):
-            return status(416)(self, b"", 416)
+            return self.fault(416)
         return self.server.answer(self.path)(self, data[first : last + 1], 206)
 
     def do_HEAD(self):
         self.server.requests.append((self.command, self.path))
         known = self.path in self.server.files
         self.begin(200 if known else 404, len(self.server.files.get(self.path, b"")))
+
+    def fault(self, code: int):
+        self.send(code, b"an error page")
 
     def begin(self, code: int, length: int, **headers: str):
         self.send_response(code)

@@ -27,26 +27,52 @@ def joined(parts: list[Whole]) -> Whole:
     return Whole(*arrays, sorted(f for p in parts for f in p.found))
 
 
-@theorem(40)
-@given(COUNTS, st.integers(1, 9), st.integers(1, 30), st.integers(0, 9), st.sampled_from([8, 16, 24]), st.data())
-def test_any_layout_and_any_restarts_give_the_same_global_batches(counts, lanes, window, seed, batch, data):
-    steps = range(data.draw(st.integers(0, 50)), data.draw(st.integers(51, 53)))
-    steps = range(steps.start, min(steps.stop, steps.start + 6))
+@st.composite
+def sources(draw) -> list[tuple[list[int], float]]:
+    """Samples of the shards and weight of each source."""
+    return draw(st.lists(st.tuples(COUNTS, st.sampled_from([1.0, 2.5, 3.0])), min_size=1, max_size=3))
+
+
+NUMBERS = st.tuples(st.integers(1, 9), st.integers(1, 30), st.integers(7, 12), st.integers(0, 9))
+BATCHES = st.sampled_from([8, 16, 24])
+
+
+def layouts_and_restarts_agree(sets, numbers, batch, workers, data) -> None:
+    (lanes, window, period, seed), names = numbers, "abc"[: len(sets)]
+    start = data.draw(st.integers(0, 50))
+    steps = range(start, start + 6)
     cuts = sorted(data.draw(st.lists(st.integers(steps.start, steps.stop), max_size=3)))
+    order = {"seed": seed, "lanes": lanes}
     with TemporaryDirectory() as folder:
-        write_set(Path(folder), counts)
-        options = {"window": window}
-        order = {"seed": seed, "lanes": lanes}
-        truth = whole(shard_data(f"{folder}/*.tar", **options), batch, steps, **order)
-        parts = []
+        mixed = {name: Source(f"{folder}/{name}/*.tar", weight) for name, (_, weight) in zip(names, sets, strict=True)}
+        for k, (name, (counts, _)) in enumerate(zip(names, sets, strict=True)):
+            write_set(Path(folder) / name, counts, first=1000 * k, width=3)
+
+        def read(part: range, workers: int = 0, **layout) -> Whole:
+            options = {"window": window, "mixing_period": period, "num_workers": workers, "prefetch": 1}
+            return whole(shard_data(None, sources=mixed, **options), batch, part, **layout, **order)
+
+        truth, parts = read(steps), []
         for a, b in zip([steps.start, *cuts], [*cuts, steps.stop], strict=True):
             world = data.draw(st.sampled_from(WORLDS))
             micro_batches = data.draw(st.sampled_from([m for m in (1, 2, 4) if batch % (world * m) == 0]))
-            parts.append(
-                whole(shard_data(f"{folder}/*.tar", **options), batch, range(a, b), world, micro_batches, **order)
-            )
-        assert joined(parts) == truth
+            many = data.draw(st.sampled_from(workers))
+            parts.append(read(range(a, b), many, world=world, micro_batches=micro_batches))
+    assert joined(parts) == truth
     assert not truth.found
+
+
+@theorem(40)
+@given(sources(), NUMBERS, BATCHES, st.data())
+def test_any_layout_and_any_restarts_give_the_same_global_batches(sets, numbers, batch, data):
+    layouts_and_restarts_agree(sets, numbers, batch, (0,), data)
+
+
+@pytest.mark.slow
+@theorem(8)
+@given(sources(), NUMBERS, BATCHES, st.data())
+def test_any_layout_any_workers_and_any_restarts_give_the_same_global_batches(sets, numbers, batch, data):
+    layouts_and_restarts_agree(sets, numbers, batch, (0, 1, 2), data)
 
 
 @theorem(30)

@@ -12,6 +12,7 @@ from streaming.making import Number, Row, theorem, whole, write_set
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.buckets import Bucketed, bucketed
 from diffusion_trainer.streaming.data import ShardData, Source
+from diffusion_trainer.streaming.index import scan, write_index, write_sidecars
 from diffusion_trainer.streaming.order import counts
 
 SHAPES = [(64, 64), (64, 96), (96, 64)]
@@ -122,7 +123,9 @@ def test_the_sources_of_a_configuration_with_buckets(tmp_path):
     for first, (name, shapes) in zip((0, 100), wide.items(), strict=True):
         (path,) = write_set(tmp_path / name, [10], "x", first)
         sizes = [(64, 96) if is_wide else (64, 64) for is_wide in shapes]
-        path.with_name(f"{path.name}.size").write_bytes(np.array(sizes, "<u4").tobytes())
+        found = scan(path)._replace(sizes=np.array(sizes, "<u4"))
+        write_sidecars(path, found)
+        write_index(path.parent, [found.shard(path.name)])
     data = ShardData(
         {"image": Shaped(), "label": Number()},
         sources={name: Source(f"{tmp_path}/{name}/*.tar", 1.0) for name in wide},

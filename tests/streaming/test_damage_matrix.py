@@ -1,6 +1,8 @@
 """Every kind of damage, counted exactly: the same report and the same batches whoever reads them, and nothing lost."""
 
 import os
+import re
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from streaming.making import END, indexed, member, members_of, npy, row, shard_bytes, shard_data, whole, write_set
 
+from diffusion_trainer.apps.index import main as make_index
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.batches import MAX_ATTEMPTS
 from diffusion_trainer.streaming.damage import Damage
@@ -95,9 +98,9 @@ MATRIX = {
     "a hole over two samples": (put(4 * SIZE + 1024, lambda data: bytes(2048)), {4: "checksum", 5: "checksum"}),
     "a missing shard": (lambda folder: os.unlink(folder / TAR), REST(range(12), "missing_shard")),
     "a page of HTML": (write(b"<html>503</html>".ljust(3000)), {0: "checksum", **REST(range(1, 12), "truncated")}),
-    "another shard of its size": (
-        lambda folder: shutil.copy(folder / "x-002.tar", folder / TAR),
-        REST(range(12), "checksum"),
+    "a bit of all samples but one": (
+        both(*(flip(k * SIZE + 512 + 16 * k) for k in range(12) if k != 9)),
+        REST({*range(12)} - {9}, "checksum"),
     ),
     "a missing field": (sample(2, lambda found: found[:1]), {2: "missing_field"}),
     "a member that is no array": (member_of(2, "npy", b"garbage"), {2: "undecodable"}),
@@ -170,7 +173,11 @@ def resize(suffix: str, by: int):
     return damage
 
 
+LARGER = b"".join(member(*m) for n in range(60, 65) for m in [*members_of(n), (f"{n:06d}.txt", bytes(700))]) + END
 MISTAKES = {
+    "another shard of its size": lambda folder: shutil.copy(folder / "x-002.tar", folder / TAR),
+    "a shard that was made again with fewer": write(shard_bytes(range(60, 66))),
+    "a shard of fewer and larger samples": write(LARGER),
     "a longer shard": longer,
     "a shard that was made again with more": write(shard_bytes(range(90, 110))),
     "no offsets": lambda folder: os.unlink(folder / f"{TAR}.idx"),
@@ -183,6 +190,7 @@ MISTAKES = {
     "a bit of the offsets": sidecar(".idx", 8 * 6),
     "a bit of the checksums": sidecar(".crc", 4 * 6),
 }
+WRITTEN_AGAIN = [name for name in MISTAKES if "shard" in name]
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -196,6 +204,20 @@ def test_an_index_that_does_not_fit_is_an_error_in_every_layout_and_no_damage(fo
             assert ("error" in piece) == touched
             assert not touched or (TAR in piece["error"] and "diffusion-trainer index" in piece["error"])
             assert touched or not piece["damage"]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_command_that_the_error_names_makes_an_index_that_fits(folder, name, capsys):
+    before = data_of(folder)
+    MISTAKES[name](folder)
+    message = next(p["error"] for p in before.loader(Layout(BATCH), 5, 4, 0, 5) if "error" in p)
+    (command,) = re.findall(r"diffusion-trainer index ('[^']+'(?: \w+=\w+)*)", message)
+    if name == "a longer shard":
+        write(shard_bytes(range(90, 110)))(folder)  # what was joined to it has to go first
+    assert make_index(shlex.split(command)) == 0, capsys.readouterr()
+    after = data_of(folder)
+    assert not whole(after, BATCH, STEPS, **ORDER).found
+    assert (after.fingerprint == before.fingerprint) == (name not in WRITTEN_AGAIN)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

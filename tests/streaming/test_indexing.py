@@ -3,6 +3,7 @@
 import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -15,7 +16,7 @@ from PIL import Image
 from streaming.making import END, member, shard_bytes, write_set
 
 from diffusion_trainer.streaming import indexing, locks
-from diffusion_trainer.streaming.index import read_index, scan
+from diffusion_trainer.streaming.index import read_index, scan, serialized
 from diffusion_trainer.streaming.indexing import index
 from diffusion_trainer.streaming.sites import LocalSite
 
@@ -144,6 +145,12 @@ def test_the_sizes_of_images_for_buckets(tmp_path):
     Path(f"{path}.size").unlink()
     assert index([path], 1).known == 1
     assert index([path], 1, image_sizes=True).known == 0
+    assert index([path], 1, image_sizes=True).known == 1
+    (shard,) = read_index(tmp_path / "index.json")
+    assert shard.fits(".size", Path(f"{path}.size").read_bytes())
+    (tmp_path / "index.json").write_bytes(serialized([replace(shard, sizes=None)]))  # as it was before they were summed
+    assert index([path], 1, image_sizes=True).known == 0
+    assert read_index(tmp_path / "index.json") == [shard]
 
 
 def test_a_few_bytes_are_not_worth_a_process(tars, monkeypatch):

@@ -217,3 +217,10 @@ def test_only_files_of_the_folder_are_read(tmp_path):
     index.write_text(index.read_text().replace("a-000000.tar", "../secret/b-000000.tar"))
     with pytest.raises(UserError, match="not beside it"):
         find(f"{tmp_path}/shards/*.tar")
+
+
+def test_another_shard_of_the_same_size_is_told_once_and_the_others_are_looked_at(shards):
+    shutil.copy(shards / "a-000002.tar", shards / "a-000001.tar")
+    survey = look([examine(listed, False) for listed in find(str(shards))], None, 0)
+    assert [(f.kind, Path(f.shard).name, f.sample) for f in survey.found] == [("wrong_index", "a-000001.tar", WHOLE)]
+    assert survey.members["cls"].sizes == [1] * 20

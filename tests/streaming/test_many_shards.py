@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,8 +22,9 @@ from streaming.making import shard_bytes, shard_data, theorem
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.cached import CachedStore
-from diffusion_trainer.streaming.index import INDEX, parse_index, scan, serialized, shard_of
+from diffusion_trainer.streaming.index import INDEX, entry_of, parse_index, scan, serialized, shard_of, write_sidecars
 from diffusion_trainer.streaming.loader import Layout
+from diffusion_trainer.streaming.order import Mix, Order
 from diffusion_trainer.streaming.stores import LocalStore
 
 FEW, MANY = 40, 800
@@ -146,6 +149,46 @@ def test_a_shard_costs_two_calls_and_a_kilobyte(sets):
     assert peak < 2000 * MANY
 
 
+START = """
+import resource, sys, time
+from streaming.making import Layout, shard_data
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def start():
+    began = time.process_time()
+    data = shard_data(sys.argv[1], window=16384)
+    batch = next(iter(data.loader(Layout(256), 0, 64, 10**9 // 256, 10**9 // 256 + 1)))
+    assert len(data.fingerprint) == 32 and len(batch["label"]) == 256 and not batch["damage"]
+    return time.process_time() - began
+
+before = peak()
+took = [start()]
+print((peak() - before) / 1024, min(took + [start(), start()]))
+"""
+
+
+def test_the_first_batch_at_sample_a_billion_of_a_hundred_thousand_shards(tmp_path):
+    """In a process of its own: index, fingerprint, order, files. Seconds of the processor, of the best of three."""
+    first, count = tmp_path / "x-000000.tar", 100_000
+    first.write_bytes(shard_bytes(range(100)))
+    found = scan(first)
+    write_sidecars(first, found)
+    entry = json.dumps(entry_of(found.shard(first.name)))
+    entries = ",\n".join(entry.replace(first.name, f"x-{k:06d}.tar") for k in range(count))
+    (tmp_path / INDEX).write_text(f'{{"shardlist": [{entries}]}}')
+    places = Mix([Order(np.array([100] * count), 0, "shards", 64, 16384)], [1])(range(10**9, 10**9 + 256))
+    for k in {*places.shard.tolist()} - {0}:
+        for suffix in ("", *found.sidecars()):
+            os.link(f"{first}{suffix}", tmp_path / f"x-{k:06d}.tar{suffix}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", START, f"{tmp_path}/*.tar"]
+    megabytes, seconds = map(float, subprocess.check_output(command, env=environment, text=True).split())
+    assert seconds < 1
+    assert megabytes < 200
+
+
 def test_a_new_shard_among_many_is_seen_at_the_start(sets, tmp_path):
     folder = make(tmp_path / "set", 50)
     (folder / "x-000050.tar").write_bytes(b"")
@@ -161,6 +204,7 @@ VALUES = {
     "crc32": [7, 0, (1 << 32) - 1, 1 << 32, -1, None],
     "offsets": [9, None, -1, False],
     "checksums": [8, None, 1 << 32, "8"],
+    "sizes": [None, 7, -1, 1 << 32, "8"],
 }
 
 

@@ -17,6 +17,7 @@ from streaming.making import write_set
 from streaming.stores import contents
 
 from diffusion_trainer.conventions import PassingError, UserError
+from diffusion_trainer.streaming import stores as local
 from diffusion_trainer.streaming.cache import Cache
 from diffusion_trainer.streaming.cached import CachedStore
 from diffusion_trainer.streaming.index import INDEX, read_index
@@ -92,7 +93,8 @@ def test_a_folder_that_cannot_be_listed_is_a_file_system_that_is_ill(folder, mon
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "listdir", ill)
-    with pytest.raises(PassingError, match=AGAIN):
+    monkeypatch.setattr(local, "RETRIES", Retries(3, 0.0))
+    with pytest.raises(PassingError, match=f"tried 4 times.*{AGAIN}"):
         LocalStore().find(f"{folder}/*.tar")
 
 

@@ -1,8 +1,11 @@
 """Shards at URLs that are damaged where they lie: the samples that it hits are damage, the others are what they are."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from streaming.stores import FIRST, MODES, NAMES, PIECE, contents
+from streaming import flaky
+from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, gets
 from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import UserError
@@ -39,7 +42,47 @@ def test_flipped_bits_in_the_store_cost_the_samples_that_they_are_in(piece_bytes
     server.files[FIRST] = bytes(data)
     expected = [b"checksum" if i in (0, 4) else sample for i, sample in enumerate(truth)]
     assert contents(make(piece_bytes), f"{server.url}/*.tar") == expected
-    assert piece_bytes or server.count(FIRST) == 2  # what comes twice is what the store has
+    assert piece_bytes or server.count(FIRST) == 4  # what comes twice, and twice again, is what the store has
+
+
+@MODES
+def test_a_bit_that_is_flipped_on_the_way_is_no_damage(piece_bytes, server, folder, truth, make):
+    """A piece has no checksum of its own, and lies in the cache as it came."""
+    server.script[FIRST] = [flaky.flipped]
+    assert contents(make(piece_bytes), f"{server.url}/*.tar") == truth
+    fetched = server.count(FIRST)
+    assert fetched == gets(folder, NAMES[0], piece_bytes) + (2 if piece_bytes else 1)  # the sample goes on in the next
+    assert contents(make(piece_bytes), f"{server.url}/*.tar") == truth  # another process, which has the cache alone
+    assert server.count(FIRST) == fetched
+
+
+@MODES
+def test_what_rots_in_the_cache_is_fetched_once_more_and_then_believed(piece_bytes, server, truth, make):
+    """Shards and the files beside them. Were it the store's, it would be damage, or another index."""
+    store = make(piece_bytes)
+    assert contents(store, f"{server.url}/*.tar") == truth
+    entries = list((Path(store.cache) / "entries").iterdir())
+    assert len(entries) >= 9
+    for path in entries:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    asked = len(server.requests)
+    assert contents(make(piece_bytes), f"{server.url}/*.tar") == truth
+    again = len(server.requests) - asked
+    assert 3 < again <= len(entries) + 1  # index.json is asked for each time
+    assert contents(make(piece_bytes), f"{server.url}/*.tar") == truth
+    assert len(server.requests) == asked + again + 1
+
+
+@MODES
+def test_another_shard_of_the_same_size_is_an_error_and_no_damage(piece_bytes, server, make):
+    draws = np.random.default_rng(1)
+    name, right = NAMES[1], server.files[f"/{NAMES[1]}"]
+    data = right[:512] + draws.bytes(len(right) - 1024) + right[-512:]
+    server.files[f"/{name}"] = data
+    with pytest.raises(UserError, match=f"{name} is not what its index describes"):
+        contents(make(piece_bytes), f"{server.url}/*.tar")
 
 
 @MODES
@@ -57,7 +100,7 @@ def test_shards_that_are_missing_with_their_index_are_a_store_that_is_down(serve
     store = make()
     shard = store.find(f"{server.url}/*.tar")[0]
     server.files.clear()
-    with pytest.raises(UserError, match=rf"neither .*{NAMES[0]} is there any more nor .*index.json"):
+    with pytest.raises(UserError, match=rf"neither .*{NAMES[0]} is there nor .*index.json"):
         store.read(shard, 0, memoryview(bytearray(10)))
 
 
@@ -68,7 +111,7 @@ def test_a_missing_shard_of_an_index_elsewhere_is_damage_while_others_are_there(
     store = make(index=str(folder))
     assert contents(store, f"{server.url}/*.tar") == [*[b"missing_shard"] * 10, *truth[10:]]
     server.files.clear()
-    with pytest.raises(UserError, match=r"neither .*x-000000.tar is there any more nor .*x-000001.tar nor .*x-0"):
+    with pytest.raises(UserError, match=r"neither .*x-000000.tar is there nor .*x-000001.tar nor .*x-0"):
         contents(make(index=str(folder), cache_bytes=1 << 19), f"{server.url}/*.tar")
 
 

@@ -1,6 +1,5 @@
 """A sample is read at once, and is what was indexed or damaged."""
 
-import errno
 import json
 import os
 import shutil
@@ -157,20 +156,6 @@ def test_a_bit_in_the_offsets_of_an_index_without_their_checksum_is_damage_and_n
         with pytest.raises((BadChecksum, Truncated, TooLarge, UserError)):
             opened(folder).read(0, i)
     assert bytes(opened(folder).read(2, 0)["cls"]) == b"3"
-
-
-@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
-@pytest.mark.parametrize("call", ["open", "preadv"])
-def test_a_file_system_that_does_not_answer_is_no_damage(folder, monkeypatch, code, call):
-    samples = opened(folder)
-    samples.span(0, 0)
-
-    def ill(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, call, ill)
-    with pytest.raises(UserError, match=r"x-000\.tar"):
-        samples.read(0, 0)
 
 
 def test_a_sidecar_that_cannot_be_opened_is_told_to_the_user(folder):
