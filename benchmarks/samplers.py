@@ -43,6 +43,7 @@ from diffusion_trainer.sampling.dpm_solver import DPMSolverPP2M, DPMSolverPP2S, 
 from diffusion_trainer.sampling.edm import EDMHeun
 from diffusion_trainer.sampling.grids import Grid, Trailing, UniformLogSNR
 from diffusion_trainer.sampling.pndm import IPNDM, PNDM
+from diffusion_trainer.sampling.runge_kutta import Midpoint
 from diffusion_trainer.sampling.sampler import Sampler
 from diffusion_trainer.sampling.solvers import Solver
 from diffusion_trainer.sampling.unipc import UniPC
@@ -67,24 +68,29 @@ class Pair:
     prediction: Prediction = field(default_factory=Epsilon)
     schedule: Schedule = field(default_factory=LinearBeta)
     scales: bool = True  # its x by init_noise_sigma and scale_model_input
+    x_0_bound: float | None = None
 
     def ours(self, num_steps: int) -> Sampler:
-        return Sampler(self.solver, self.grid, num_steps, x_0_bound=None)
+        return Sampler(self.solver, self.grid, num_steps, x_0_bound=self.x_0_bound)
 
     def theirs(self) -> Any:
         return getattr(diffusers, self.scheduler)(**self.config)
 
 
+FLOW = {"prediction": Flow(), "schedule": RectifiedFlow(t_max=1.0), "scales": False}
+
 PAIRS = {
     "DDIM": Pair(DDIM(), "DDIMScheduler", TRAILING | {"clip_sample": False}),
+    "DDIM, clipped": Pair(DDIM(), "DDIMScheduler", TRAILING, x_0_bound=1.0),
     "DDIM, eta 1": Pair(DDIM(eta=1.0), "DDIMScheduler", TRAILING | {"clip_sample": False}, {"eta": 1.0}),
     "DDPM": Pair(DDIM(eta=1.0), "DDPMScheduler", TRAILING | {"clip_sample": False}),
+    "DDPM, clipped": Pair(DDIM(eta=1.0), "DDPMScheduler", TRAILING, x_0_bound=1.0),
     "Euler": Pair(DDIM(), "EulerDiscreteScheduler", TRAILING),
     "Euler ancestral": Pair(DDIM(eta=1.0), "EulerAncestralDiscreteScheduler", TRAILING),
-    "Euler, rectified flow": Pair(
-        DDIM(), "FlowMatchEulerDiscreteScheduler", prediction=Flow(), schedule=RectifiedFlow(t_max=1.0), scales=False
-    ),
+    "Euler, rectified flow": Pair(DDIM(), "FlowMatchEulerDiscreteScheduler", **FLOW),
     "Heun": Pair(EDMHeun(), "HeunDiscreteScheduler", TRAILING),
+    "Heun, rectified flow": Pair(EDMHeun(), "FlowMatchHeunDiscreteScheduler", **FLOW),
+    "Midpoint": Pair(Midpoint(), "KDPM2DiscreteScheduler", TRAILING),
     "DPM-Solver++(2M)": Pair(DPMSolverPP2M(), MULTISTEP, DPM, grid=LOG_SNR),
     "DPM-Solver++(3M)": Pair(DPMSolverPP3M(), MULTISTEP, DPM | {"solver_order": 3}, grid=LOG_SNR),
     "DPM-Solver++(2S)": Pair(DPMSolverPP2S(), "DPMSolverSinglestepScheduler", SINGLESTEP),

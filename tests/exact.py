@@ -1,5 +1,6 @@
 """The oracle behind the package's seams: a perfect denoiser and a perfect network."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,32 @@ class ExactDenoiser(Denoiser):
 
     def null(self, condition):
         return None if condition is None else torch.full_like(condition, len(self.data.weights))
+
+
+@dataclass(frozen=True)
+class Pixels(Denoiser):
+    """Of images (B, n, D) whose pixels are independent draws of `data`."""
+
+    data: Mixture
+
+    def __call__(self, x_t, level, condition):
+        return Estimate(ExactDenoiser(self.data)(x_t.flatten(0, 1), level, None).x_0_hat.reshape(x_t.shape))
+
+    def null(self, condition):
+        return None
+
+
+@dataclass(frozen=True)
+class Says(Denoiser):
+    """x_0_hat is any function of x_t."""
+
+    x_0_hat: Callable
+
+    def __call__(self, x_t, level, condition):
+        return Estimate(self.x_0_hat(x_t))
+
+    def null(self, condition):
+        return condition
 
 
 @dataclass(frozen=True)

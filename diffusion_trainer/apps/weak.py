@@ -1,6 +1,6 @@
 """Models that guide others, from checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,9 @@ class Conditional(Denoiser):
             )
         return self.inner(x_t, level, condition)
 
+    def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
+        self.inner.prepare(levels, device)
+
     def null(self, condition: Tensor | None) -> Tensor | None:
         return self.inner.null(condition)
 
@@ -72,12 +75,17 @@ class OnItsSchedule(Denoiser):
     _known: dict[Level, tuple[Level, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
-        if level not in self._known:
-            if len(self._known) == MAX_KNOWN:
-                self._known.clear()
-            self._known[level] = self._own(level)
-        own, scale = self._known[level]
+        own, scale = self._known.get(level) or self._learned(level)
         return self.inner(x_t if own == level else scale * x_t, own, condition)
+
+    def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
+        self.inner.prepare([(self._known.get(level) or self._learned(level))[0] for level in levels], device)
+
+    def _learned(self, level: Level) -> tuple[Level, float]:
+        if len(self._known) == MAX_KNOWN:
+            self._known.clear()
+        self._known[level] = self._own(level)
+        return self._known[level]
 
     def _own(self, level: Level) -> tuple[Level, float]:
         """The level, and the factor of x_t. Noisier than its own range, x_t is nearly noise: sigma sets its scale."""

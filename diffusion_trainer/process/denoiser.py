@@ -1,7 +1,7 @@
 """The one seam between training and sampling: (x_t, level, condition) -> x_0_hat."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,16 @@ class Denoiser(ABC):
     def null(self, condition: Tensor | None) -> Tensor | None:
         """The condition that says nothing, in the shape of `condition`: what guidance steps away from."""
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Whose rounding the estimates have at least, whatever dtype they come in."""
+        return torch.float64
+
+    def prepare(self, levels: Sequence[Level], device: torch.device) -> None:  # noqa: B027 (most have nothing to do)
+        """Before a run that will ask at these levels, maybe among others, for x_t on that device: what can be had in
+        advance. Estimates are the same without it.
+        """
+
 
 @dataclass(frozen=True)
 class NetworkDenoiser(Denoiser):
@@ -34,12 +44,15 @@ class NetworkDenoiser(Denoiser):
 
     A network with twice the channels of x_t has a second output: see `Estimate`. Its output is kept for as long as the
     estimate is (a multistep solver has some of them): a network must not write over what it has returned.
+    precision: in which it computes; autocast's is not to be seen in its output.
     """
 
     network: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     null_condition: Callable[[Tensor | None], Tensor | None]
     schedule: Schedule
     prediction: Prediction
+    precision: torch.dtype = torch.float64
+    _of_level: dict[Level, Coefficients] = field(default_factory=dict, init=False, repr=False, compare=False)
     _known: dict[Any, tuple[Coefficients, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
@@ -55,15 +68,27 @@ class NetworkDenoiser(Denoiser):
 
     def _learned(self, key: Any, x_t: Tensor) -> tuple[Coefficients, Tensor]:
         """The coefficients as floats and the c_noise of a batch like x_t, once for each level it meets."""
-        if len(self._known) == MAX_KNOWN:  # an adaptive solver never comes back to its levels
+        if len(self._known) >= MAX_KNOWN:
             self._known.clear()
-        tensors = Level(*(torch.tensor([value], dtype=torch.float64) for value in key[0]))
-        c = Coefficients(*(c.item() for c in self.prediction.coefficients(self.schedule, tensors)))
+        self.prepare((key[0],), x_t.device)
+        c = self._of_level[key[0]]
         with torch.inference_mode(False):  # gradients may be wanted at this level later
-            # Expanded, so that a network that writes into it fails instead of changing it for the next run.
-            c_noise = x_t.new_full((1,), c.noise).expand(x_t.shape[0])
-        self._known[key] = c._replace(into=1.0 if abs(c.into - 1) < ROUNDING else c.into), c_noise
+            # Filled, not copied from the host; expanded, so that a network that writes into it fails instead of
+            # changing it for the next run.
+            self._known[key] = c, x_t.new_full((1,), c.noise).expand(x_t.shape[0])
         return self._known[key]
+
+    def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
+        new = [level for level in levels if level not in self._of_level]
+        if not new:
+            return
+        if len(self._of_level) >= MAX_KNOWN:  # an adaptive solver never comes back to its levels
+            self._of_level.clear()
+            new = levels
+        tensors = Level(*torch.tensor(new, dtype=torch.float64).T)
+        numbers = (c.tolist() for c in self.prediction.coefficients(self.schedule, tensors))
+        for level, c in zip(new, map(Coefficients._make, zip(*numbers, strict=True)), strict=True):
+            self._of_level[level] = c._replace(into=1.0 if abs(c.into - 1) < ROUNDING else c.into)
 
     def null(self, condition: Tensor | None) -> Tensor | None:
         return self.null_condition(condition)

@@ -132,6 +132,10 @@ class PosteriorVariance(ABC):
         What depends on the levels alone is computed here, once for a sampling run. ValueError without what it needs.
         """
 
+    def like(self, x: Tensor) -> "PosteriorVariance":
+        """The same for a run whose tensors are where x is and of its dtype: no step has to move or cast what it has."""
+        return self
+
 
 @dataclass(frozen=True)
 class FixedSmall(PosteriorVariance):

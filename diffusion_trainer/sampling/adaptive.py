@@ -43,6 +43,15 @@ def check_tolerances(rtol: float, atol: float) -> None:
         )
 
 
+def check_reachable(rtol: float, atol: float, precision: torch.dtype) -> None:
+    """UserError for tolerances below the rounding of estimates."""
+    if rtol + atol < _rounding(precision):
+        raise UserError(
+            f"dopri5: rtol={rtol} and atol={atol} cannot be met in {precision}, whose rounding is "
+            f"{_rounding(precision):.1e}: make one larger, or use a finer precision (precision=fp32 for a network)"
+        )
+
+
 def integrated(
     slope: Callable[[Point, Any], Any],
     z: Any,
@@ -59,9 +68,8 @@ def integrated(
     dopri5. UserError where it cannot go on.
     """
     limits, calls = f"rtol={rtol} and atol={atol}", 0
-    if rtol + atol < _rounding(dtype):
-        raise UserError(f"{limits} cannot be met in {dtype}, whose rounding is {_rounding(dtype):.1e}: make one larger")
-    where = f"between t = {flow.start.t:g} and {flow.end.t:g}"
+    check_reachable(rtol, atol, dtype)
+    where = f"on {type(flow.schedule).__name__} between t = {flow.start.t:g} and {flow.end.t:g}"
 
     def counted(p: Tensor, z: Any) -> Any:
         nonlocal calls
@@ -99,8 +107,8 @@ class DormandPrince(Solver):
     wait for the device: this one reads an error norm after each of its steps, and p at each call. Its steps are as
     small as the hardest sample of the batch needs: sample i is a function of (seed, i) only to within the tolerance.
 
-    UserError for a tolerance below the rounding of x, after MAX_CALLS network calls, and for estimates that are not
-    finite.
+    UserError for a tolerance below the rounding of x or of the network, after MAX_CALLS network calls, and for
+    estimates that are not finite.
     """
 
     rtol: float = 1e-5
@@ -109,6 +117,9 @@ class DormandPrince(Solver):
 
     def __post_init__(self):
         check_tolerances(self.rtol, self.atol)
+
+    def check(self, precision):
+        check_reachable(self.rtol, self.atol, precision)
 
     def plan(self, schedule, times, variance):
         schedule = schedule.frozen()  # it is asked at each call

@@ -14,7 +14,7 @@ from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import Estimate, PosteriorVariance, ReverseStep
 from diffusion_trainer.sampling.dequantization import centres
 from diffusion_trainer.sampling.grids import Grid
-from diffusion_trainer.sampling.likelihood import Likelihood, in_bits_per_dim
+from diffusion_trainer.sampling.likelihood import Likelihood, in_bits_per_dim, pair_of
 from diffusion_trainer.sampling.solvers import Noise
 
 
@@ -56,7 +56,7 @@ class VariationalBound(Likelihood):
         x_0 = centres(pixels).to(first.dtype)
         terms = self.terms(denoiser, schedule, variance, x_0, condition, _starting_with(first, noise))
         nats = {"prior": terms.prior, "diffusion": terms.diffusion.sum(1), "decoder": terms.decoder}
-        return in_bits_per_dim(nats, x_0[0].numel())
+        return in_bits_per_dim(nats, x_0[0].numel(), pair_of(self, schedule))
 
     @torch.no_grad()
     def terms(
@@ -89,7 +89,7 @@ class VariationalBound(Likelihood):
         estimate = denoiser(torch.add(t.alpha * x_0, noise(), alpha=t.sigma), t, condition)
         if self.x_0_bound is None:
             return estimate
-        return Estimate(estimate.x_0_hat.clamp(-self.x_0_bound, self.x_0_bound), estimate.second)
+        return estimate.clipped(self.x_0_bound)
 
 
 def _kl(step: ReverseStep, error: Tensor, variance: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Guidance: from a denoiser to a denoiser, so that they nest and every solver has all of them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -29,6 +30,13 @@ class Guided(Denoiser):
 
     def null(self, condition: Tensor | None) -> Tensor | None:
         return self.inner.null(condition)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self.inner.precision
+
+    def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
+        self.inner.prepare(levels, device)
 
 
 def check_scale(scale: float) -> None:
@@ -104,7 +112,7 @@ class AutoGuidance(Guidance):
     """x_0_hat + (scale - 1) (x_0_hat - x_0_hat of a weak model): Karras et al. 2024, "Guiding a diffusion model with a
     bad version of itself", whose w is the scale.
 
-    The weak model is loaded at the first estimate, once for each device, and told the same condition. No null
+    The weak model is loaded before the first step, once for each device, and told the same condition. No null
     condition is needed: unconditional models can be guided too.
     """
 
@@ -127,6 +135,10 @@ class AutoGuidance(Guidance):
 @dataclass(frozen=True)
 class _AutoGuidedDenoiser(Guided):
     guidance: AutoGuidance
+
+    def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
+        self.inner.prepare(levels, device)
+        self.guidance.weak_denoiser(device).prepare(levels, device)
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
         estimate = self.inner(x_t, level, condition)
@@ -164,6 +176,9 @@ class _IntervalDenoiser(Guided):
     guided: Denoiser
     low: float
     high: float
+
+    def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
+        self.guided.prepare(levels, device)  # whose innermost is `inner`
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
         denoiser = self.guided if self.low <= level.log_snr <= self.high else self.inner

@@ -12,7 +12,7 @@ from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import PosteriorVariance
-from diffusion_trainer.sampling.adaptive import Flow, check_tolerances, integrated
+from diffusion_trainer.sampling.adaptive import Flow, check_reachable, check_tolerances, integrated
 from diffusion_trainer.sampling.dequantization import Dequantization
 from diffusion_trainer.sampling.runge_kutta import Point, in_flow
 from diffusion_trainer.sampling.solvers import Noise
@@ -38,17 +38,24 @@ class Likelihood(ABC):
         """
 
 
-def in_bits_per_dim(nats: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
-    """Terms (B,) in nats of `dim` dimensions -> the same in bits per dimension, and their sum."""
+def in_bits_per_dim(nats: dict[str, Tensor], dim: int, pair: str) -> dict[str, Tensor]:
+    """Terms (B,) in nats of `dim` dimensions -> the same in bits per dimension, and their sum. pair: the names of
+    likelihood and schedule.
+    """
     terms = {name: value / (dim * log(2)) for name, value in nats.items()}
     total = torch.stack(list(terms.values())).sum(0)
     good = total.isfinite()
     if not good.all():
         raise UserError(
-            f"the likelihoods of {int((~good).sum())} of {len(good)} samples are not finite: the network returns inf "
-            "or NaN. Look at the loss of its training; precision=fp32 tells an overflow from weights that are broken"
+            f"the likelihoods of {int((~good).sum())} of {len(good)} samples are not finite ({pair}): the network "
+            "returns inf or NaN. Look at the loss of its training; precision=fp32 tells an overflow from weights that "
+            "are broken"
         )
     return {**terms, "bits_per_dim": total}
+
+
+def pair_of(likelihood: Likelihood, schedule: Schedule) -> str:
+    return f"{type(likelihood).__name__} on {type(schedule).__name__}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class FlowLikelihood(Likelihood):
         clean = levels(schedule, schedule.t_range[:1])[0]
         x_0, log_q = self.dequantization(pixels, clean, noise())
         nats = self.terms(denoiser, schedule, x_0, condition, noise)
-        return in_bits_per_dim({**nats, "dequantization": log_q}, x_0[0].numel())
+        return in_bits_per_dim({**nats, "dequantization": log_q}, x_0[0].numel(), pair_of(self, schedule))
 
     def terms(
         self, denoiser: Denoiser, schedule: Schedule, x_0: Tensor, condition: Tensor | None, noise: Noise
@@ -92,12 +99,13 @@ class FlowLikelihood(Likelihood):
         """x_0: (B, ...), real-valued, handed to the denoiser in its dtype -> "prior" and "flow", (B,) float64 in nats;
         their sum is -log p(x_0).
         """
-        flow = Flow(schedule, *levels(schedule, schedule.t_range))
+        check_reachable(self.rtol, self.atol, denoiser.precision)
+        flow, pair = Flow(schedule, *levels(schedule, schedule.t_range)), pair_of(self, schedule)
         p_min, p_T, dim = in_flow(flow.start).u, in_flow(flow.end).u, x_0[0].numel()
         probes = self._probes(x_0, noise)
 
         def rate(point: Point, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return _velocity_and_divergence(denoiser, point, state[0], condition, probes, x_0.dtype)
+            return _velocity_and_divergence(denoiser, point, state[0], condition, probes, x_0.dtype, pair)
 
         start = (1 - p_min) * x_0.double(), torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
         with torch.no_grad():
@@ -115,7 +123,7 @@ class FlowLikelihood(Likelihood):
 
 
 def _velocity_and_divergence(
-    denoiser: Denoiser, point: Point, z: Tensor, condition: Tensor | None, probes: Tensor, dtype: torch.dtype
+    denoiser: Denoiser, point: Point, z: Tensor, condition: Tensor | None, probes: Tensor, dtype: torch.dtype, pair: str
 ) -> tuple[Tensor, Tensor]:
     """z: (B, ...) float64; the denoiser works in `dtype` -> u (B, ...) and div u (B,), float64."""
     with torch.enable_grad():
@@ -124,7 +132,8 @@ def _velocity_and_divergence(
         u = (z - denoiser(x.to(dtype), point.level, condition).x_0_hat.double()) / point.u
         if not u.isfinite().all():  # p.item() has waited for the device already
             raise UserError(
-                f"the network's estimates are not finite at t={point.level.t:.4g}: look at the loss of its training"
+                f"the network's estimates are not finite at t={point.level.t:.4g} ({pair}): look at the loss of its "
+                "training"
             )
         divergence = z.new_zeros(len(z))
         for probe in probes:

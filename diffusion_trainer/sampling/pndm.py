@@ -84,8 +84,9 @@ class _Plan(NamedTuple):
 @dataclass(frozen=True)
 class _Pseudo(Solver):
     """Of second order in equal steps of t, whatever that of the coefficients (Liu et al. 2022, section 3.5): they know
-    nothing of the curve of sigma / alpha, except where that is linear in t (`EDM`). On other grids of first order; less
-    than second on `UniformTime` as well where sigma / alpha goes as sqrt(t) at its last times, as with `ConstantBeta`.
+    nothing of the curve of sigma / alpha, except where that is linear in t (`EDM`). On other grids of first order. On
+    `UniformTime`, whose last times fall as steps get shorter, of second order over the whole range on `VE`, `SubVP` and
+    `LearnedSchedule`, elsewhere from 0.6 (`ConstantBeta`: sigma / alpha goes as sqrt(t) at 0) to 1.9.
     """
 
     order: ClassVar[int] = 2

@@ -89,6 +89,9 @@ class PredictorCorrector(Solver):
     def deterministic(self) -> bool:
         return False
 
+    def check(self, precision):
+        self.predictor.check(precision)
+
     def init(self):
         return self.predictor.init()
 

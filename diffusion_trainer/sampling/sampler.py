@@ -14,7 +14,7 @@ from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import Estimate, FixedSmall, PosteriorVariance
 from diffusion_trainer.sampling.grids import Grid
-from diffusion_trainer.sampling.solvers import Denoise, Noise, Solver
+from diffusion_trainer.sampling.solvers import Denoise, Noise, Solver, levels_in
 
 OnStep = Callable[[int, Tensor, Tensor], None]
 
@@ -44,8 +44,11 @@ class Sampler:
         if self.x_0_bound is not None and not self.x_0_bound > 0:  # also refuses nan
             raise ValueError(f"x_0_bound must be positive or null, not {self.x_0_bound}")
 
-    def plan(self, schedule: Schedule, variance: PosteriorVariance) -> tuple[list[Level], Sequence[Any]]:
-        """The levels that steps start from, cleanest last, and the solver's plan of the steps between them.
+    def plan(
+        self, schedule: Schedule, variance: PosteriorVariance, x: Tensor | None = None
+    ) -> tuple[list[Level], Sequence[Any]]:
+        """The levels that steps start from, cleanest last, and the solver's plan of the steps between them, for a run
+        whose tensors are like x.
 
         ValueError if solver, grid, schedule and variance do not go together.
         """
@@ -55,6 +58,7 @@ class Sampler:
                 "variance=beta_tilde, or sampler=ddim or ancestral"
             )
         times = self.grid(schedule, self.num_steps)[:-1]
+        variance = variance if x is None else variance.like(x)
         return levels(schedule, times), self.solver.plan(schedule, times, variance)
 
     @torch.no_grad()
@@ -73,11 +77,11 @@ class Sampler:
         Starts from sigma(t_max) x_T: what is left of the data at t_max, alpha(t_max) E[x_0], is taken for nothing.
 
         on_step(i, x, x_0_hat) is called after each step with the tensors as they are. UserError if the network's
-        estimates are not finite.
+        estimates are not finite, or too coarse for the solver.
         """
-        at, plan = self.plan(schedule, variance)
+        at, plan = self.plan(schedule, variance, x_T)
         seen: list[Estimate | None] = [None]
-        denoise = self._denoise(denoiser, condition, seen)
+        denoise = self._denoise(denoiser, condition, seen, [*levels_in(plan), at[-1]], x_T.device)
         x, state = at[0].sigma * x_T, self.solver.init()
         for i, step in enumerate(plan):
             x, state = self.solver.step(denoise, x, step, state, noise)
@@ -109,14 +113,17 @@ class Sampler:
             raise ValueError(f"{_name(self.solver)} draws noise on its way, so that it has no inverse")
         times = self.grid(schedule, self.num_steps)[:-1]
         times = times.flip(0) if encode else times
-        at = levels(schedule, times)
-        denoise, state = self._denoise(denoiser, condition, [None]), self.solver.init()
-        x = (at[0].alpha if encode else at[0].sigma) * start
-        for step in self.solver.plan(schedule, times, FixedSmall()):
+        at, plan = levels(schedule, times), self.solver.plan(schedule, times, FixedSmall())
+        denoise = self._denoise(denoiser, condition, [None], [*levels_in(plan)], start.device)
+        x, state = (at[0].alpha if encode else at[0].sigma) * start, self.solver.init()
+        for step in plan:
             x, state = self.solver.step(denoise, x, step, state, _no_noise)
         return at[-1], _finite(x, f"{_name(self.solver)} on {_name(schedule)}")
 
-    def _denoise(self, denoiser: Denoiser, condition: Tensor | None, seen: list[Estimate | None]) -> Denoise:
+    def _denoise(self, denoiser, condition, seen: list[Estimate | None], asked: Sequence[Level], device) -> Denoise:
+        """What the steps ask, at the levels `asked` as far as they are planned; UserError for a denoiser too coarse."""
+        self.solver.check(denoiser.precision)
+        denoiser.prepare(asked, device)
         bound = self.x_0_bound
 
         def denoise(x: Tensor, level: Level) -> Estimate:

@@ -1,9 +1,10 @@
 """The seam of all solvers; each family has its own file."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffusion_trainer.process.levels import Level
@@ -43,6 +44,9 @@ class Solver(ABC):
         """A map from x_T to x_0 without noise on the way; it can then be run backwards as well."""
         return True
 
+    def check(self, precision: torch.dtype) -> None:  # noqa: B027 (all but one can)
+        """UserError if the method cannot work with estimates that are rounded to that."""
+
     def init(self) -> Any:
         """The state before the first step (multistep methods keep their history in it)."""
         return None
@@ -61,3 +65,12 @@ class Solver(ABC):
 
         denoise(x, level) -> Estimate; noise() -> a standard normal like x.
         """
+
+
+def levels_in(plan: Sequence[Any]) -> Iterator[Level]:
+    """All levels in what `Solver.plan` returns, which hold those at which its steps ask for estimates."""
+    for part in plan:
+        if type(part) is Level:
+            yield part
+        elif isinstance(part, tuple):
+            yield from levels_in(part)

@@ -58,7 +58,7 @@ class Model(nn.Module):
             return self.network(x, c_noise, self.conditioning(condition)).float()
 
     def denoiser(self, schedule: Schedule, prediction: Prediction) -> NetworkDenoiser:
-        return NetworkDenoiser(self, self.conditioning.null, schedule, prediction)
+        return NetworkDenoiser(self, self.conditioning.null, schedule, prediction, self.dtype)
 
 
 def missing_for_compile(device: str) -> str | None:

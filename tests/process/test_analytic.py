@@ -121,8 +121,9 @@ def test_diagonal_is_the_optimal_variance_of_each_entry(schedule, statistics):
     assert_close(given, known, rtol=1e-3, atol=0)
     assert known.std() > 0.01 * known.mean()
     assert given.mean().item() == pytest.approx(one, rel=1e-3)
-    single = Analytic(statistics["gaussian"], diagonal=True).at(t, s)(Estimate(torch.zeros(1, 2)))
-    assert single.dtype == torch.float32  # that of the estimate
+    single = Analytic(statistics["gaussian"], diagonal=True).like(torch.zeros(1, 2)).at(t, s)
+    assert single(NOTHING) is single(NOTHING)  # moved and cast when the run is planned, not at its steps
+    assert_close(single(NOTHING), known.float(), rtol=1e-3, atol=0)
 
 
 def closed_bound(schedule, variance, num_steps, spread_of):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import each
 from exact import MIXTURE, ExactDenoiser
 from sampling.classifiers import (
     CLEAN,
@@ -35,7 +36,7 @@ from diffusion_trainer.sampling.gradient_guidance import (
     CleanClassifierGuidance,
     SimilarityGuidance,
 )
-from diffusion_trainer.sampling.grids import UniformTime
+from diffusion_trainer.sampling.grids import UniformLogSNR, UniformTime
 from diffusion_trainer.sampling.guidance import ClassifierFree
 from diffusion_trainer.sampling.sampler import Sampler
 
@@ -81,8 +82,8 @@ def test_classifier_in_a_file_is_told_the_noise_level(scripted):
         assert_close(guided, EXACT(x_t, level, CONDITION).x_0_hat, rtol=1e-8, atol=1e-8)
 
 
-def linear_response(sampler, schedule, denoiser, data):
-    """Mean (2,) and covariance (2, 2) of what is drawn for class 1, which is Gaussian, so that the map is affine."""
+def linear_response(sampler, schedule, denoiser, data, label=1):
+    """Mean (2,) and covariance (2, 2) of what is drawn for a class, which is Gaussian, so that the map is affine."""
     rows, calls = 1 + 2 * (sampler.num_steps + 1), 0
 
     def noise():
@@ -95,8 +96,23 @@ def linear_response(sampler, schedule, denoiser, data):
     (end,) = levels(schedule, [schedule.t_range[1]])
     root = torch.linalg.cholesky(data.covariance_t(*at(end)))
     x_T = (data.mean_t(*at(end)) + noise() @ root.T) / end.sigma
-    x = sampler(denoiser, schedule, FixedSmall(), x_T, torch.ones(rows, dtype=torch.int64), noise)
+    x = sampler(denoiser, schedule, FixedSmall(), x_T, torch.full((rows,), label), noise)
     return x[0], (x[1:] - x[0]).T @ (x[1:] - x[0])
+
+
+@every_schedule
+@each("label", [0, 1])
+@each("eta", [0.0, 1.0])
+def test_samples_under_the_exact_classifier_are_those_of_the_classs_own_denoiser(schedule, label, eta):
+    """Under any schedule, of both classes: whatever is proven of solvers with an exact denoiser holds of guided ones.
+
+    But for the very first step where alpha is 0: the classifier's gradient is 0 there.
+    """
+    schedule, data = schedule.frozen(), MIXTURE.conditional(label)
+    sampler = Sampler(DDIM(eta), UniformLogSNR(), 12, None)
+    atol = 1e-7 if schedule.at_noisy_end.alpha > 0 else 5e-3
+    guided = linear_response(sampler, schedule, Bayes(1.0)(Marginal(MIXTURE)), data, label)
+    assert_close(guided, linear_response(sampler, schedule, ExactDenoiser(data), data), rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -251,6 +251,27 @@ def test_autoguidance_needs_no_condition():
     assert_close(guided, strong + 2 * (strong - weak), rtol=1e-12, atol=1e-12)
 
 
+@dataclass(frozen=True)
+class Prepared(ExactDenoiser):
+    """Remembers for what it was prepared."""
+
+    precision: torch.dtype = torch.float16
+    seen: list = field(default_factory=list)
+
+    def prepare(self, levels, device):
+        self.seen.append((levels, device))
+
+
+@pytest.mark.parametrize("wrapped", [lambda g: g, lambda g: Interval(g, 5, 6), lambda g: Nested([g, g])])
+def test_a_run_is_prepared_for_and_precision_asked_through_any_guidance(wrapped):
+    ours, theirs = Prepared(MIXTURE), Prepared(MIXTURE)
+    guided = wrapped(AutoGuidance(3.0, Weak(theirs)))(ours)
+    guided.prepare([NOISY], CPU)
+    assert ours.seen == [([NOISY], CPU)]
+    assert set(map(str, theirs.seen)) == {str(([NOISY], CPU))}
+    assert guided.precision == torch.float16
+
+
 def test_weak_model_is_loaded_at_the_first_estimate_and_once_for_each_device():
     weak, (x_t, _) = Weak(EXACT), noisy()
     guidance = AutoGuidance(2.0, weak)

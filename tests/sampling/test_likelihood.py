@@ -13,8 +13,9 @@ from solving import Noise
 from torch.special import ndtr
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.process.denoiser import Denoiser
+from diffusion_trainer.process.denoiser import Denoiser, NetworkDenoiser
 from diffusion_trainer.process.levels import levels
+from diffusion_trainer.process.predictions import V
 from diffusion_trainer.process.schedules import Cosine, RectifiedFlow
 from diffusion_trainer.process.variances import Estimate, FixedSmall
 from diffusion_trainer.sampling.bound import VariationalBound
@@ -66,10 +67,23 @@ def test_bits_per_dim_are_those_of_the_data(schedule, data):
     """To 0.01: against the density at the clean end, and against that of the data where that end is close to it."""
     x_0, (clean, _) = samples(data), ends(schedule)
     nats = {"flow": cost(EXACT, data, schedule, x_0)}
-    bits = in_bits_per_dim(nats, 2)["bits_per_dim"].mean().item()
+    bits = in_bits_per_dim(nats, 2, "")["bits_per_dim"].mean().item()
     assert abs(bits - true_cost(data, x_0, *clean).mean().item() / (2 * log(2))) < 0.01
     if clean[1] / clean[0] < 0.05:
         assert abs(bits - true_cost(data, x_0).mean().item() / (2 * log(2))) < 0.01
+
+
+@every_schedule
+def test_with_one_probe_they_are_as_well(schedule):
+    """Hutchinson's estimate, as conf/likelihood has it, to 0.01: in the mean over the sign vectors of two dimensions,
+    which are the probes' own error, each as often as the others (v and -v give the same).
+    """
+    x_0, (clean, _) = samples(MIXTURE).repeat(2, 1), ends(schedule)
+    signs = torch.tensor([[0.3, 2.0], [0.1, -1.0]], dtype=torch.float64).repeat_interleave(64, 0)
+    one = FlowLikelihood(UniformDequantization(), probes=1, rtol=1e-4, atol=1e-4)
+    error = (cost(one, MIXTURE, schedule, x_0, lambda: signs) - true_cost(MIXTURE, x_0, *clean)) / (2 * log(2))
+    assert error.std() > 0.01  # a single one is not exact
+    assert abs(error.mean()) < 0.01
 
 
 def test_nearly_all_schedules_are_close_to_the_data():
@@ -212,9 +226,9 @@ def test_no_level_outside_the_schedule_is_asked_for():
 
 
 @each("likelihood", OPTIONS)
-def test_broken_networks_are_named(likelihood):
+def test_broken_networks_are_named_with_likelihood_and_schedule(likelihood):
     pixels = torch.zeros(2, 2, dtype=torch.uint8)
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match=rf"not finite.*\({type(likelihood).__name__} on Cosine\)"):
         likelihood(Broken(), Cosine(), FixedSmall(), pixels, None, Noise(2))
 
 
@@ -230,6 +244,9 @@ def test_tolerances_below_the_rounding_of_the_network_are_refused_before_any_cal
     tight = FlowLikelihood(UniformDequantization(), rtol=1e-9, atol=1e-9)
     with pytest.raises(UserError, match=r"cannot be met in torch\.float32"):
         tight.terms(Broken(), Cosine(), samples(GAUSSIAN, 2).float(), None, Noise(2))
+    coarse = NetworkDenoiser(None, None, Cosine(), V(), torch.bfloat16)
+    with pytest.raises(UserError, match=r"cannot be met in torch\.bfloat16"):
+        EXACT.terms(coarse, Cosine(), samples(GAUSSIAN, 2), None, Noise(2))
 
 
 @dataclass(frozen=True)
@@ -242,5 +259,5 @@ class Rough(Broken):
 
 def test_the_number_of_network_calls_is_bounded_and_named(monkeypatch):
     monkeypatch.setattr("diffusion_trainer.sampling.adaptive.MAX_CALLS", 300)
-    with pytest.raises(UserError, match=r"300 network calls between .*: rtol=1e-05 and atol=1e-05"):
+    with pytest.raises(UserError, match=r"300 network calls on Cosine between .*: rtol=1e-05 and atol=1e-05"):
         EXACT.terms(Rough(), Cosine(), samples(GAUSSIAN, 2), None, None)

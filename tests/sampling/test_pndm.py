@@ -11,10 +11,12 @@ from solving import Noise, errors_of, slope
 from test_dpm_solver import Recorded, path
 from torch.testing import assert_close
 
+from diffusion_trainer.process.learned_schedule import LogSNRTable
 from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.schedules import EDM, RectifiedFlow
+from diffusion_trainer.process.sdes import VE, SubVP
 from diffusion_trainer.sampling.ddim import DDIM
-from diffusion_trainer.sampling.grids import Grid
+from diffusion_trainer.sampling.grids import Grid, UniformTime
 from diffusion_trainer.sampling.pndm import IPNDM, PNDM
 from diffusion_trainer.sampling.sampler import Sampler
 
@@ -112,6 +114,18 @@ def test_order_in_equal_steps_of_t_is_two_where_sigma_over_alpha_is_smooth_and_f
     measured = slope(steps, errors_of(Sampler(solver, Between(0.95, 0.05), 50), schedule, steps))
     assert measured > (3.3 if linear else 1.75)
     assert linear or measured < 2.15
+
+
+@every_schedule
+@every_solver
+def test_order_on_the_grid_of_their_yamls_is_two_where_both_ends_are_smooth_and_from_a_half_to_two_elsewhere(
+    solver, schedule
+):
+    """Over the whole range, to a last time that falls as the steps get shorter, from 64 to 512 steps."""
+    steps = (64, 128, 256, 512)
+    measured = slope(steps, errors_of(Sampler(solver, UniformTime(), 50), schedule, steps, n=8))
+    smooth = isinstance(schedule, VE | SubVP | LogSNRTable)
+    assert (1.85 if smooth else 0.5) < measured < 2.15
 
 
 @every_solver

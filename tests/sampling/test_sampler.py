@@ -8,23 +8,26 @@ import pytest
 import torch
 from cases import each
 from configured import SAMPLERS, SCHEDULES, SCORE_STEPS, by_solver, every_sampler, every_schedule, fewest, served
-from exact import GAUSSIAN, MIXTURE, ExactDenoiser, ExactNetwork
+from exact import GAUSSIAN, MIXTURE, ExactDenoiser, ExactNetwork, Says
 from solving import Noise, drawn, unbounded
+from torch import nn
 from torch.testing import assert_close
 
+from diffusion_trainer.conditioning.unconditional import Unconditional
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.process.denoiser import NetworkDenoiser
 from diffusion_trainer.process.predictions import V
 from diffusion_trainer.process.schedules import RectifiedFlow
-from diffusion_trainer.process.variances import Estimate, FixedLarge, FixedSmall
+from diffusion_trainer.process.variances import FixedLarge, FixedSmall
 from diffusion_trainer.sampling.adaptive import DormandPrince
 from diffusion_trainer.sampling.ddim import DDIM
-from diffusion_trainer.sampling.edm import EDMHeun
 from diffusion_trainer.sampling.grids import UniformTime
+from diffusion_trainer.sampling.guidance import ClassifierFree
+from diffusion_trainer.sampling.predictor_corrector import PredictorCorrector
 from diffusion_trainer.sampling.sampler import Sampler
+from diffusion_trainer.training.model import Model
 
 LINEAR = SCHEDULES["linear"]
-FIXED_STEPS = {name: s for name, s in SAMPLERS.items() if not isinstance(s.solver, DormandPrince)}
 
 
 @every_schedule
@@ -39,11 +42,7 @@ def test_one_step_is_the_denoiser_at_the_noisy_end(sampler, schedule):
 
 
 @every_schedule
-# Heun's method in sigma takes half of its slope at the far end of the step, where sigma is almost 0: if it is the only
-# step, that is hundreds of times too steep.
-@each(
-    "sampler", {name: s for name, s in by_solver(SAMPLERS).items() if not isinstance(s.solver, (*SCORE_STEPS, EDMHeun))}
-)
+@each("sampler", {name: s for name, s in by_solver(SAMPLERS).items() if not isinstance(s.solver, SCORE_STEPS)})
 def test_the_fewest_steps_end_near_the_data(sampler, schedule):
     x, _ = drawn(unbounded(sampler, fewest(sampler)), MIXTURE, schedule, 10)
     assert x.abs().max() < 4
@@ -147,19 +146,48 @@ class Half(torch.nn.Module):
         return self.one * self.network(x.half().float(), c_noise).half()
 
 
-@each("sampler", FIXED_STEPS)  # an adaptive method cannot bring its error below the rounding of float16
-def test_a_network_in_float16_gives_float32_samples_close_to_the_exact_ones(sampler):
-    sampler, network = unbounded(sampler, 10), ExactNetwork(MIXTURE, LINEAR, V())
+def from_network(sampler, schedule, network, precision=torch.float32):
+    noise = Noise(20)
+    denoiser = NetworkDenoiser(network, lambda condition: condition, schedule, V(), precision)
+    return sampler(denoiser, schedule, FixedSmall(), noise().float(), None, lambda: noise().float())
 
-    def run(network):
-        noise = Noise(20)
-        denoiser = NetworkDenoiser(network, lambda condition: condition, LINEAR, V())
-        return sampler(denoiser, LINEAR, FixedSmall(), noise().float(), None, lambda: noise().float())
 
-    half, exact = run(Half(network)), run(network)
+@each("schedule", {name: SCHEDULES[name] for name in ("linear", "ve", "edm", "rectified_flow", "learned")})
+@each("sampler", by_solver(SAMPLERS))
+def test_a_network_in_float16_gives_float32_samples_close_to_the_exact_ones(sampler, schedule):
+    sampler, network = unbounded(sampler, 6), ExactNetwork(MIXTURE, schedule, V())
+    if isinstance(sampler.solver, DormandPrince):
+        sampler = replace(sampler, solver=DormandPrince(1e-2, 1e-2))
+    half = from_network(sampler, schedule, Half(network), torch.float16)
+    exact = from_network(sampler, schedule, network)
     assert half.dtype == torch.float32
-    assert_close(half, exact, rtol=0, atol=0.05)
+    assert_close(half, exact, rtol=2e-3, atol=0.05)  # Euler and Maruyama on VE still are at 300
     assert not torch.equal(half, exact)
+
+
+@pytest.mark.parametrize(("precision", "least"), [(torch.float16, 4.9e-4), (torch.bfloat16, 4e-3)], ids=str)
+def test_tolerances_below_the_rounding_of_the_network_are_refused_before_any_call(precision, least):
+    def sampler(tolerance, solver=lambda solver: solver):
+        return replace(SAMPLERS["dopri5"], solver=solver(DormandPrince(tolerance, tolerance)))
+
+    def unused(*_):
+        raise AssertionError
+
+    words = rf"dopri5: rtol=1e-05 and atol=1e-05 cannot be met in {precision}.*precision=fp32"
+    for wrong in (sampler(1e-5), sampler(1e-5, PredictorCorrector)):
+        with pytest.raises(UserError, match=words):
+            from_network(wrong, LINEAR, unused, precision)
+    denoiser = NetworkDenoiser(unused, None, LINEAR, V(), precision)
+    for direction in (sampler(1e-5).encode, sampler(1e-5).decode):
+        with pytest.raises(UserError, match=words):
+            direction(denoiser, LINEAR, torch.zeros(3, 2), None)
+    assert from_network(sampler(least), LINEAR, Half(ExactNetwork(MIXTURE, LINEAR, V())), precision).isfinite().all()
+
+
+def test_a_models_denoiser_has_its_precision():
+    model = Model(nn.Identity(), Unconditional(), torch.bfloat16)
+    denoiser = model.denoiser(LINEAR, V())
+    assert denoiser.precision == ClassifierFree(2.0)(denoiser).precision == torch.bfloat16
 
 
 @each("sampler", by_solver(SAMPLERS))
@@ -189,14 +217,12 @@ def test_no_steps_and_no_room_are_refused(wrong):
 def ending_on(x_0):
     """Of a denoiser that says x_0, (3, 2)."""
     sampler = Sampler(DDIM(), UniformTime(), 4, x_0_bound=None)
-    return sampler(
-        lambda x_t, level, condition: Estimate(x_0), LINEAR, FixedSmall(), Noise(3)().to(x_0.dtype), None, None
-    )
+    return sampler(Says(lambda x_t: x_0), LINEAR, FixedSmall(), Noise(3)().to(x_0.dtype), None, None)
 
 
 @pytest.mark.parametrize("bad", [[nan, 0], [inf, 0], [-inf, 0], [inf, -inf]], ids=str)
 def test_a_network_that_returns_nan_or_inf_is_said_to(bad):
-    with pytest.raises(UserError, match="1 of 3 samples are not finite"):
+    with pytest.raises(UserError, match=r"1 of 3 samples are not finite \(DDIM on LinearBeta\)"):
         ending_on(torch.tensor([[1.0, 2.0], bad, [3.0, 4.0]]))
 
 

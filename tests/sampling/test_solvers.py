@@ -1,7 +1,8 @@
 """Solvers with a perfect denoiser converge to the truth at their declared order, on every schedule.
 
 On a Gaussian every sampler is an affine map of its noises, so the law of what it draws is known exactly (`law`),
-without Monte Carlo error; on a mixture it is compared with the truth within the error of 4000 samples.
+without Monte Carlo error; on a mixture it is compared with the truth within the error of 2000 samples. The SDE's
+solvers are there and in test_sde.py, variances in test_laws_of_variances.py.
 """
 
 from dataclasses import replace
@@ -12,13 +13,14 @@ import torch
 from cases import each
 from configured import SAMPLERS, SCHEDULES, SCORE_STEPS, by_solver, every_schedule, fewest, for_measuring, served
 from exact import GAUSSIAN, MIXTURE, ExactDenoiser
-from solving import Noise, drawn, errors_of, law, slope, unbounded
+from solving import Noise, drawn, errors_of, jumped, law, slope, unbounded
 from torch.testing import assert_close
 
-from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.schedules import EDM, RectifiedFlow
+from diffusion_trainer.process.sdes import VE
 from diffusion_trainer.process.variances import Estimate, FixedSmall
 from diffusion_trainer.sampling.adaptive import DormandPrince
+from diffusion_trainer.sampling.euler_maruyama import EulerMaruyama
 from diffusion_trainer.sampling.pndm import IPNDM, PNDM
 from diffusion_trainer.sampling.predictor_corrector import PredictorCorrector
 from diffusion_trainer.sampling.runge_kutta import Midpoint
@@ -51,6 +53,20 @@ def test_measured_order_is_the_declared_order(sampler, schedule):
         assert measured < order + ROOM[order]
 
 
+# Without signal (alpha 0 at the noisy end), with none to spare, with alpha 1, straight, and ordinary.
+FEW_SCHEDULES = {name: SCHEDULES[name] for name in ("zero_terminal_snr", "cosine", "edm", "rectified_flow", "linear")}
+
+
+@each("schedule", FEW_SCHEDULES)
+@each("sampler", DETERMINISTIC)
+def test_order_on_a_mixture_is_the_declared_order(sampler, schedule):
+    order, steps = sampler.solver.order, (64, 128)
+    measured = slope(steps, errors_of(for_measuring(sampler), schedule, steps, MIXTURE, 16))
+    assert measured > order - ROOM[order]
+    linear = isinstance(sampler.solver, PNDM | IPNDM) and isinstance(schedule, EDM)
+    assert linear or order == 3 or measured < order + ROOM[order]
+
+
 @every_schedule
 @each("sampler", {name: s for name, s in SOLVERS.items() if not isinstance(s.solver, SCORE_STEPS)})
 def test_mean_of_gaussian_data_is_exact_in_any_number_of_steps(sampler, schedule):
@@ -66,27 +82,27 @@ def test_law_of_gaussian_data_is_met_to_the_declared_order(sampler, schedule):
         with pytest.raises(ValueError, match="alpha is 0"):
             sampler.plan(schedule, FixedSmall())
         return
-    # It ends on x_0_hat at the cleanest time, which lacks Var[x_0 | x_t] there, whatever the number of steps.
-    _, alpha, sigma = levels(schedule, schedule.t_range[:1])[0]
-    covariance = GAUSSIAN.covariance() - GAUSSIAN.posterior_covariance(GAUSSIAN.means, alpha, sigma)[0]
-    errors = []
-    for num_steps in (32, 64):
+    order, covariance, errors = sampler.solver.order, jumped(GAUSSIAN, schedule), []
+    for num_steps in (64, 128):
         mean, drawn_covariance = law(unbounded(for_measuring(sampler), num_steps), schedule)
         errors.append((mean - GAUSSIAN.mean()).norm().item() + (drawn_covariance - covariance).norm().item())
-    assert log2(errors[0] / errors[1]) > sampler.solver.order - 0.3
-    assert errors[1] < 0.2
+    measured = log2(errors[0] / errors[1])
+    assert measured > order - ROOM[order]
+    # Euler and Maruyama's comes out higher where equal steps of log-SNR suit it: 2.0 on VE, 1.2 on the flow.
+    if not (isinstance(sampler.solver, EulerMaruyama) and isinstance(schedule, VE | RectifiedFlow)):
+        assert measured < order + ROOM[order]
+    assert errors[1] < 0.07
 
 
 @every_schedule
 @each("sampler", {name: s for name, s in STOCHASTIC.items() if not isinstance(s.solver, SCORE_STEPS)})
 def test_mean_and_covariance_of_a_mixture_are_met(sampler, schedule):
-    n, num_steps = 4000, 32
+    """To four standard errors, nothing else: in 128 steps the error of the discretisation is less than one of them."""
+    n, num_steps = 2000, 128
     x, _ = drawn(unbounded(for_measuring(sampler), num_steps), MIXTURE, schedule, n)
     variances = MIXTURE.covariance().diagonal()
-    # Five standard errors, and an error of the discretisation of 6 / num_steps of the larger variance.
-    bias = 6 / num_steps * variances.max()
-    assert ((x.mean(0) - MIXTURE.mean()).abs() < 5 * (variances / n).sqrt() + 0.2 * bias).all()
-    assert ((torch.cov(x.T) - MIXTURE.covariance()).abs() < 5 * variances.max() * (2 / n) ** 0.5 + bias).all()
+    assert ((x.mean(0) - MIXTURE.mean()).abs() < 4 * (variances / n).sqrt()).all()
+    assert ((torch.cov(x.T) - MIXTURE.covariance()).abs() < 4 * variances.max() * (2 / n) ** 0.5).all()
 
 
 def round_trip(sampler, schedule, num_steps):
@@ -97,8 +113,6 @@ def round_trip(sampler, schedule, num_steps):
     return (sampler.decode(denoiser, schedule, x_T, None) - x_0).norm().item()
 
 
-# Without signal (alpha 0 at the noisy end), with none to spare, with alpha 1, straight, and ordinary.
-FEW_SCHEDULES = {name: SCHEDULES[name] for name in ("zero_terminal_snr", "cosine", "edm", "rectified_flow", "linear")}
 WITHOUT_SIGNAL = RectifiedFlow(t_max=1.0)
 
 
