@@ -9,6 +9,8 @@ SPY = [
     "ema=several", "ema.main=half_life", *SMALL,
     "+ema.profiles.half_life._target_=diffusion_trainer.training.ema.HalfLife",
     "+ema.profiles.half_life.half_life_images=64", "+ema.profiles.half_life.ramp_up_ratio=0.5",
+    "+ema.profiles.constant._target_=diffusion_trainer.training.ema.ConstantDecay", "+ema.profiles.constant.rate=0.8",
+    "+ema.profiles.warm_up._target_=diffusion_trainer.training.ema.WarmUp", "+ema.profiles.warm_up.rate=0.3",
 ]  # fmt: skip
 
 
@@ -24,4 +26,5 @@ def largest(a, b, what):
 
 
 def bitwise(a, b):
-    return all(torch.equal(a[what][n], b[what][n]) for what in ("weights", "ema", "moments") for n in a[what])
+    """Weights, all averages, both moments."""
+    return a["all"].keys() == b["all"].keys() and all(torch.equal(a["all"][n], b["all"][n]) for n in a["all"])

@@ -7,22 +7,31 @@ import torch
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import build
+from diffusion_trainer.callbacks.loggers import LoggerChoice
 from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.run_logger import RunLogger
 from diffusion_trainer.training.checkpoints import WEIGHT
 from diffusion_trainer.training.ema import KEY
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Spy(RunCallback):
-    """<folder>/spy-<started at>.pt: samples, losses, weights, EMA, and the EMA by its closed form."""
+    """<folder>/spy-<started at>.pt: samples, losses, weights, averages, moments, and the averages by their closed form.
+
+    A step that is not kept must leave every bit of them.
+    """
 
     def __init__(self, swap_every: int = 0):
         self.swap_every = swap_every
 
     def start(self) -> None:
-        self.ledger, self.losses, self.differences = [], [], []
-        self.tracks = self.run.module.ema.tracks
-        self.expected = {key: self.whole(key if self.run.images_seen else WEIGHT) for key in self.tracks}
-        self.began = self.run.images_seen
+        self.ledger, self.losses, self.micro, self.kept, self.differences = [], [], [], [], []
+        self.began, self.tracks = self.run.images_seen, self.run.module.ema.tracks
+        self.kinds = (WEIGHT, *MOMENTS, *self.tracks)
+        self.before = {kind: self.whole(kind) for kind in self.kinds} if self.began else {}
+        initial = {key: self.whole(key if self.began else WEIGHT) for key in self.tracks}
+        self.expected = {key: {n: run.double() for n, run in initial[key].items()} for key in self.tracks}
 
     def whole(self, kind: str) -> dict[str, torch.Tensor]:
         """Every parameter, gathered from the ranks' runs of elements."""
@@ -42,21 +51,26 @@ class Spy(RunCallback):
         for i, (image, label) in enumerate(zip(batch["image"], batch["label"], strict=True)):
             digest = hashlib.sha256(image.numpy().tobytes() + bytes([int(label)])).hexdigest()[:16]
             self.ledger.append((batch["first"] + i * pieces, digest))
-        self.micro = [*getattr(self, "micro", []), module.last_terms.loss.mean().item()]
+        self.micro.append(module.last_terms.loss.mean().item())
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def after_step(self, previous: int) -> None:
         run = self.run
         self.losses += run.agreement.mean([sum(self.micro) / len(self.micro)])
         self.micro = []
-        weights, batch = self.whole(WEIGHT), run.module.progress.batch_size
+        self.kept.append(float(run.module.nonfinite.kept))
+        now, batch = {kind: self.whole(kind) for kind in self.kinds}, run.module.progress.batch_size
+        if not self.kept[-1] and self.before:
+            assert all(torch.equal(run, self.before[kind][n]) for kind in self.kinds for n, run in now[kind].items())
         for key, track in self.tracks.items():
-            decay, expected = track.decay(previous, batch), self.expected[key]
-            self.expected[key] = {n: decay * e + (1 - decay) * weights[n] for n, e in expected.items()}
-            average = self.whole(key)
-            self.differences.append(max(float((average[n] - e).abs().max()) for n, e in self.expected[key].items()))
+            decay = track.decay(previous, batch) if self.kept[-1] else 1.0
+            self.expected[key] = {
+                n: decay * e + (1 - decay) * now[WEIGHT][n].double() for n, e in self.expected[key].items()
+            }
+            self.differences.append(max(float((now[key][n] - e).abs().max()) for n, e in self.expected[key].items()))
         if self.swap_every and len(self.losses) % self.swap_every == 0:
-            self.swap(weights, self.whole(KEY))
+            self.swap(now[WEIGHT], now[KEY])
+        self.before = now
 
     def swap(self, weights, average) -> None:
         """Inside, the forward pass must compute what the averages compute; after, the masters are bitwise the same."""
@@ -73,16 +87,20 @@ class Spy(RunCallback):
 
     def on_train_end(self, trainer, module) -> None:
         ledger = sorted(entry for share in self.run.agreement.gather(self.ledger) for entry in share)
+        now = {kind: self.whole(kind) for kind in self.kinds}
         report = {
-            "ledger": ledger, "losses": self.losses, "weights": self.whole(WEIGHT), "ema": self.whole(KEY),
-            "ema_error": max(self.differences), "moments": self.whole("exp_avg_sq"),
+            "ledger": ledger, "losses": self.losses, "kept": self.kept, "ema_error": max(self.differences),
+            "weights": now[WEIGHT], "ema": now[KEY], "moments": now["exp_avg_sq"],
+            "all": {f"{kind}/{n}": run for kind in now for n, run in now[kind].items()},
         }  # fmt: skip
         if self.run.first:
             torch.save(report, self.run.folder / f"spy-{self.began}.pt")
 
 
 class Poison(RunCallback):
-    """Makes a NaN of one gradient of the last rank, in steps whose first sample's number is in [first, last)."""
+    """Makes a NaN of one gradient of the last rank, in steps whose first sample's number is in [first, last): in the
+    first of their micro-batches.
+    """
 
     def __init__(self, first: int, last: int):
         self.first, self.last = first, last
@@ -94,7 +112,56 @@ class Poison(RunCallback):
             parameter.register_hook(lambda gradient: gradient * (float("nan") if self.bad else 1.0))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        self.bad = self.first <= batch["first"] < self.last
+        self.bad = self.first <= batch["first"] < self.last and batch_idx % trainer.accumulate_grad_batches == 0
+
+
+class Raise(Poison):
+    """Adds `by` to the loss there, which changes no gradient."""
+
+    def __init__(self, first: int, last: int, by: float):
+        super().__init__(first, last)
+        self.by = by
+
+    def start(self) -> None:
+        agreement, module = self.run.agreement, self.run.module
+        if agreement.rank == agreement.world - 1:
+            module.objective = Raised(module.objective, self)
+
+
+class Raised:
+    """The objective, with what is added to its losses."""
+
+    def __init__(self, inner, spy: Raise):
+        self.inner, self.spy = inner, spy
+
+    def __call__(self, *arguments):
+        terms = self.inner(*arguments)
+        return terms._replace(loss=terms.loss + self.spy.by) if self.spy.bad else terms
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class Alerts(LoggerChoice):
+    """<folder>/alerts.jsonl: the title and the text of each."""
+
+    def build(self, folder, name, run_id, config, started_at):
+        return AlertFile(folder / "alerts.jsonl")
+
+
+class AlertFile(RunLogger):
+    name = "alerts"
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def log_metrics(self, metrics, step=None):
+        return None
+
+    def alert(self, title, text):
+        with self.path.open("a") as file:
+            file.write(json.dumps([title, text]) + "\n")
 
 
 class Ledger(RunCallback):

@@ -26,7 +26,7 @@ ONLY = {  # a library -> the only files that may import it
     "hydra": {"apps/config.py"},
     "omegaconf": {"apps/config.py"},
     "deepspeed": {"training/strategies.py"},
-    "wandb": {f"callbacks/{name}.py" for name in ("loggers", "wandb_curve", "wandb_files")},
+    "wandb": {f"callbacks/{name}.py" for name in ("loggers", "wandb_curve", "wandb_files", "wandb_session")},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

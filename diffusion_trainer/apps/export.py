@@ -48,8 +48,9 @@ def _load(overrides: Sequence[str]) -> dict:
 
 def main(overrides: Sequence[str]) -> int:
     config = _load(overrides)
-    checkpoint = Checkpoint(checkpoint_in(Path(config["checkpoint"])))
-    kind = _kind(checkpoint, config["weights"])
+    folder = checkpoint_in(Path(config["checkpoint"]))
+    kind = _kind(Checkpoint(folder, whole=()), config["weights"])
+    checkpoint = Checkpoint(folder, whole=(kind,))  # a snapshot of averages has no more than these
     run, dtype = run_of(checkpoint.folder), config["dtype"]
     out = Path(config["out"] or run / "exports" / f"{checkpoint.folder.name}-{kind}-{dtype}{SUFFIX}")
     check_place(out, config["overwrite"])

@@ -54,7 +54,14 @@ def compose(verb: str, overrides: Sequence[str], schema: type[Schema], groups: S
     if named is None:
         raise UserError(f"checkpoint is missing: say checkpoint=runs/<name>, as in {verb} checkpoint=runs/digits")
     run = configuration.read(run_of(checkpoint_in(Path(str(named)))) / "config.yaml")
-    return configuration.load(verb, overrides, schema, {name: run[name] for name in groups if name in run})
+    return configuration.load(verb, overrides, schema, {name: _tamed(run[name]) for name in groups if name in run})
+
+
+def _tamed(node: Any) -> Any:
+    """A run's folder may be another's: what it says may be a shell command is that only for who says so, too."""
+    if isinstance(node, Mapping):
+        return {key: False if key == "allow_pipe" else _tamed(value) for key, value in node.items()}
+    return [_tamed(value) for value in node] if isinstance(node, list) else node
 
 
 def load(verb: str, overrides: Sequence[str], schema: type[Schema], groups: Sequence[str] = FROM_THE_RUN) -> dict:
@@ -172,7 +179,7 @@ def kind_of(weights: str) -> str | None:
 def choices(checkpoint: Checkpoint) -> list[str]:
     """What `weights` may be."""
     averages = [kind.removeprefix(key_of("")) for kind in sorted(checkpoint.kinds) if kind.startswith(KEY)]
-    return ["raw", *averages]
+    return [*(["raw"] if WEIGHT in checkpoint.kinds else []), *averages]
 
 
 def device_of(accelerator: str) -> torch.device:

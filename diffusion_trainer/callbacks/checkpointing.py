@@ -3,7 +3,8 @@
 import signal
 from types import FrameType
 
-from diffusion_trainer.callbacks.run import SAVE, STOP, RunCallback, crossed
+from diffusion_trainer.callbacks.run import DISK, SAVE, STOP, RunCallback, crossed
+from diffusion_trainer.conventions import PassingError
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.saving import Saver
 
@@ -23,8 +24,8 @@ class Checkpointing(RunCallback):
 
     The handler only sets a flag. After each step the ranks agree on it; then all save and stop. A second SIGINT stops
     at once. SIGHUP that was ignored (nohup) stays so. A checkpoint is copied between two steps and written while
-    training goes on. One that cannot be written (a full disk) is reported and training goes on. It stands before what
-    takes long, evaluation, which waits until it is written, so that this puts no work at risk.
+    training goes on, or while an evaluation is under way, which its step's checkpoint is copied before. One that cannot
+    be written (a full disk) is an alert and training goes on.
     """
 
     turn = SAVE
@@ -88,6 +89,9 @@ class Checkpointing(RunCallback):
                 callback.before_save()
         if run.rolled_back:
             return  # what is left is not to be gone on from
+        if run.first:
+            for logger in run.trainer.loggers:
+                logger.save()  # what a full disk has kept back: who goes on from here does not log it again
         with run.aside():
             self._saver.begin(run.images_seen, run.state)
         self._saving_at, self._reserved = run.images_seen, True
@@ -103,13 +107,21 @@ class Checkpointing(RunCallback):
                 run.save_seconds = run.state[SAVE_SECONDS] = self._saver.seconds
             self._saved_at = self._saving_at
         except OSError as error:
-            run.say(f"  WARNING: {error}")
+            run.alert(DISK, str(error))
         self._saving_at = self._saved_at
         run.beat("what follows a step")
 
     def on_train_end(self, trainer, module) -> None:
-        self.settle()
+        """PassingError if the end of the run cannot be written."""
+        run = self.run
+        done = run.images_seen >= run.module.progress.num_images and run.stop_signal is None and not run.rolled_back
+        self.save() if done else self.settle()  # what could not be written perhaps can, now
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if done and self._saved_at != run.images_seen:
+            raise PassingError(
+                "the last checkpoint could not be written (see above). Make room, and run the same command again: "
+                "it goes on from the one before"
+            )
         if self.run.first and self.run.stop_signal is None and not self.run.rolled_back:
             (self.run.folder / STOP).unlink(missing_ok=True)  # made too late to be seen, and the run is done

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from diffusion_trainer.callbacks.run_logger import RunLogger
@@ -21,26 +22,42 @@ class CsvLogger(RunLogger):
         self._rows = {int(row["images_seen"]): row for row in rows if int(row["images_seen"]) <= started_at}
         self._columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
         self._whole = False  # whether the file holds exactly the rows and columns known here
+        self._behind = False  # whether it lacks a row that could not be written
 
     @property
     def name(self) -> str:
         return "csv"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """OSError if it cannot be written now: then it is with the next one, or by `save`."""
         row = {"images_seen": step, **metrics}
         new = [key for key in row if key not in self._columns]
         self._columns += new
         last = step > max(self._rows, default=-1)
         self._rows[step] = self._rows.get(step, {}) | row
-        if new or not self._whole or not last:
-            with whole(self.path) as part, part.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self._columns, restval="")
-                writer.writeheader()
-                writer.writerows(self._rows[images] for images in sorted(self._rows))
-            self._whole = True
-        else:
+        append, self._whole, self._behind = self._whole and last and not new, False, True
+        if append:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns, restval="").writerow(row)
+        else:
+            self._write()
+        self._whole, self._behind = True, False
+
+    def _write(self) -> None:
+        with whole(self.path) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, restval="")
+            writer.writeheader()
+            writer.writerows(self._rows[images] for images in sorted(self._rows))
+
+    def save(self) -> None:
+        """Writes what could not be written, if that can be done now. (That it could not has been said.)
+
+        Before each checkpoint, and by Lightning at the end.
+        """
+        if self._behind:
+            with suppress(OSError):
+                self._write()
+                self._whole, self._behind = True, False
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 
-from diffusion_trainer.callbacks.run import RunCallback, crossed
+from diffusion_trainer.callbacks.run import DISK, RunCallback, crossed
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.ema import Ema, PowerFunction
 from diffusion_trainer.training.saving import Saver, folders, order_of
@@ -55,7 +55,7 @@ class EmaSnapshots(RunCallback):
             with self.run.aside():
                 self._saver.wait()
         except OSError as error:
-            self.run.say(f"  WARNING: {error}")
+            self.run.alert(DISK, str(error))
         self.run.beat("what follows a step")
 
     def on_train_end(self, trainer, module) -> None:

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from diffusion_trainer.callbacks.run import RunCallback, crossed
 from diffusion_trainer.evaluation import pictures
@@ -37,6 +38,7 @@ class Evaluating(RunCallback):
 
     def start(self) -> None:
         run, now = self.run, self.run.images_seen
+        self._pictures: list[tuple[int, Image]] = []  # that could not be written yet, with their images seen
         (written, *_) = run.agreement.gather(_written(run.folder) if run.first else [])
         self.history = _history(run.state, written, now)
         run.state["evaluations"] = self.history
@@ -56,7 +58,6 @@ class Evaluating(RunCallback):
     def evaluate(self) -> bool:
         """Whether it came to its end; otherwise the run is stopping, and makes up for it when it goes on."""
         run = self.run
-        run.settle()
         start = monotonic()
         try:
             with run.aside(), _evaluation_mode(run.module), run.sharding.swapped(KEY) as averaged:
@@ -70,8 +71,8 @@ class Evaluating(RunCallback):
         what = f"evaluation at {run.images_seen:,} images: {describe(metrics)}" if metrics else "pictures"
         run.say(f"  {what}   ({monotonic() - start:.0f} s)")
         if run.first:
-            pictures.save(picture, run.folder / "samples" / f"images-{run.images_seen:012d}.png")
-            pictures.save(picture, run.folder / "samples.png")
+            self._pictures.append((run.images_seen, picture))
+            self._save_pictures()
             for logger in run.trainer.loggers:
                 logger.log_picture("eval/samples", picture, run.images_seen)
         self.history.append(record)
@@ -92,6 +93,18 @@ class Evaluating(RunCallback):
         x_0 = generator.draw(list(range(ROWS * COLUMNS)), conditions)
         return pictures.grid(to_pixels(x_0), COLUMNS, pictures.scale_for(x_0.shape[2]))
 
+    def _save_pictures(self) -> None:
+        folder = self.run.folder
+        with self.run.going_on("a picture of samples"):
+            while self._pictures:
+                images_seen, picture = self._pictures[0]
+                pictures.save(picture, folder / "samples" / f"images-{images_seen:012d}.png")
+                pictures.save(picture, folder / "samples.png")
+                self._pictures.pop(0)
+
+    def on_train_end(self, trainer, module) -> None:
+        self._save_pictures()
+
     def _report(self) -> None:
         """metrics.json: the last evaluation, the history, and what they were measured with."""
         run, last = self.run, self.history[-1]
@@ -106,7 +119,7 @@ class Evaluating(RunCallback):
             "history": self.history,
         }
         if run.first:
-            with whole(run.folder / REPORT) as part:
+            with run.going_on(REPORT), whole(run.folder / REPORT) as part:
                 part.write_text(json.dumps(report, indent=2) + "\n")
 
 

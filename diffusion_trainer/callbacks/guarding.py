@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import median
 
@@ -21,7 +22,7 @@ NONE = [0.0, 0.0, 0.0]  # said of no step
 
 
 class Guarding(RunCallback):
-    """Counts steps that were not taken because a gradient was not finite, and watches the loss.
+    """Counts steps that were not taken because a loss or a gradient was not finite, and watches the loss.
 
     After `skipped_in_a_row` of them, or when the median loss of the last `recent` steps is more than `spike` robust
     standard deviations above that of the `history` steps before these, the run goes back to its newest whole checkpoint
@@ -104,12 +105,12 @@ class Guarding(RunCallback):
             self._losses.append(loss)
             self._check_loss(at)
             return
-        if scale_to_blame:  # float16 finds its scale so: the next step has half of it
-            self._count(at)
-            return
         self._count(at)
+        if scale_to_blame and isfinite(loss):  # float16 finds its scale so: the next step has half of it
+            return
         self._in_a_row += 1
-        self.run.alert("step not taken", f"the gradient at {at:,} images was not finite: that step was not taken")
+        what = "gradient" if isfinite(loss) else "loss"
+        self.run.alert("step not taken", f"the {what} at {at:,} images was not finite: that step was not taken")
         if self._in_a_row >= self.skipped_in_a_row:  # none of them has changed a weight: any checkpoint will do
             self._go_back(at, f"{self._in_a_row} steps in a row had gradients that are not finite")
 

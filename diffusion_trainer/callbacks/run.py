@@ -19,6 +19,7 @@ from diffusion_trainer.training.sharding import Sharding
 
 STOP = "stop"  # a file in a run's folder, made by hand: as a SIGTERM
 STOP_SECONDS = 3.0  # between two looks for it, each a request to what may be a network file system
+DISK = "disk"  # the title of alerts about it
 FIRST, BEFORE_SAVE, SAVE, AFTER_SAVE, LAST = range(5)  # turns of callbacks
 
 
@@ -43,6 +44,7 @@ class Run:
     aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training
     save_seconds: float | None = None  # that writing the last checkpoint took
     reach_images: int = 0  # how far back from the newest checkpoint there must be one
+    _failing: set[str] = field(default_factory=set)  # what could not be written the last time
     _looked_at: float = -inf  # for the file STOP, by this rank's clock
     _by_file: bool = False  # whether it is why this rank stops
     _answers: tuple[int, Mapping["RunCallback", list[float]]] = (-1, {})
@@ -98,12 +100,27 @@ class Run:
             for logger in self.trainer.loggers:
                 logger.alert(title, text)
 
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Around writing what is kept in memory until it is written: a disk that is full, or fails, is an alert, one
+        until it works again, and training goes on.
+        """
+        try:
+            yield
+        except OSError as error:
+            if what not in self._failing:
+                self.alert(DISK, f"{what} cannot be written now: {error}; it is when there is room")
+            self._failing.add(what)
+        else:
+            self._failing.discard(what)
+
     def log(self, metrics: Mapping[str, float], images_seen: int | None = None) -> None:
         """To every logger, at so many images, by default those seen until now. Rank 0 does it alone."""
         at = self.images_seen if images_seen is None else images_seen
         if self.first:
             for logger in self.trainer.loggers:
-                logger.log_metrics({"images_seen": at, **metrics}, step=at)
+                with self.going_on(f"the {logger.name} log"):
+                    logger.log_metrics({"images_seen": at, **metrics}, step=at)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

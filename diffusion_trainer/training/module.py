@@ -13,7 +13,7 @@ from diffusion_trainer.objectives.base import LossTerms, Objective
 from diffusion_trainer.training.ema import Ema, EmaProfile, attach_ema
 from diffusion_trainer.training.loss_scale import LossScale
 from diffusion_trainer.training.model import Model
-from diffusion_trainer.training.nonfinite import NonFinite
+from diffusion_trainer.training.nonfinite import NonFinite, spoiled
 from diffusion_trainer.training.optimizers import AdamW
 from diffusion_trainer.training.randomness import LaneDraws
 
@@ -82,7 +82,7 @@ class DiffusionModule(LightningModule):
         torch.manual_seed(seed_of(p.seed, "network", batch["first"]))
         terms = self.objective(self.model, to_unit(batch["image"]), condition, draws)
         self.last_terms = LossTerms(*(term.detach() for term in terms))
-        loss = terms.loss.mean()
+        loss = spoiled(terms.loss.mean())
         return self.loss_scale(loss) if self.loss_scale else loss
 
     def on_train_batch_start(self, batch: Mapping, batch_idx: int) -> None:

@@ -1,11 +1,20 @@
-"""Steps whose gradient is not finite are not taken, and nobody waits for the device to know."""
+"""Steps whose loss or gradient is not finite are not taken, and nobody waits for the device to know."""
 
 from collections.abc import Callable, Mapping
+from math import nan
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def spoiled(loss: Tensor) -> Tensor:
+    """The same loss, bit for bit; where it is not finite its gradient is NaN.
+
+    It need not be so by itself: x^2 overflows where 2x does not. So all ranks see it in the reduction that there is.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, nan)
 
 
 class NonFinite:

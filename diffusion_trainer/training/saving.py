@@ -7,20 +7,20 @@ instant there is a whole checkpoint, that before or this one.
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from threading import Thread
 from time import monotonic
 from typing import Any
 
-import lightning
-import torch
-
+import diffusion_trainer
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import FORMAT, Written, sync, write_manifest, write_tensors, write_text
 from diffusion_trainer.training.sharding import Sharding
 from diffusion_trainer.training.snapshots import Snapshot, Snapshots
 
 LATEST = "latest"
+LIBRARIES = ("torch", "lightning", "deepspeed")  # whose versions a manifest has
 NAME = re.compile(r"images-(\d{12,})(?:-(\d{1,6}))?")  # the second number is that of a name that was taken
 
 
@@ -171,7 +171,12 @@ def _manifest(snapshot: Snapshot, files: Mapping[str, Written], world: int) -> d
         "parameters": snapshot.shapes,
         "files": {name: written._asdict() for name, written in sorted(files.items())},
         "state": snapshot.state,
-        "written_by": {"world": world, "torch": torch.__version__, "lightning": lightning.__version__},
+        "written_by": {
+            "diffusion_trainer": diffusion_trainer.__version__,
+            **{library: metadata.version(library) for library in LIBRARIES},
+            "strategy": snapshot.strategy,
+            "ranks": world,
+        },
     }
 
 

@@ -27,6 +27,7 @@ class Sharding(ABC):
     """This rank's fp32 master weights and their optimizer state, whatever the strategy."""
 
     replicated: bool  # every rank holds everything
+    strategy: str = ""  # of the run, for the manifests of its checkpoints
 
     @property
     @abstractmethod
@@ -79,6 +80,7 @@ class Replicated(Sharding):
     model: nn.Module
     torch_optimizer: Optimizer
     replicated: bool = True
+    strategy: str = ""
 
     @property
     def optimizer(self) -> Optimizer:

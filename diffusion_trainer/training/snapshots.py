@@ -20,6 +20,7 @@ class Snapshot:
     images_seen: int
     optimizer_steps: float
     shapes: dict[str, list[int]]
+    strategy: str  # that wrote it
     state: Mapping[str, Any]
     tensors: Mapping[str, Tensor] | None  # CPU; None where another rank writes what this one holds too
 
@@ -53,7 +54,9 @@ class Snapshots:
             torch.cuda.synchronize()
         tensors = {key: self._buffers[key] for key in runs} if self.holds else None
         shapes = {name: list(shape) for name, shape in shapes_of(self.sharding).items()}
-        return Snapshot(images_seen, self._steps(), shapes, json.loads(json.dumps(state)), tensors)
+        return Snapshot(
+            images_seen, self._steps(), shapes, self.sharding.strategy, json.loads(json.dumps(state)), tensors
+        )
 
     def _steps(self) -> float:
         state = self.sharding.optimizer.state

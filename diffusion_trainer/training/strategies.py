@@ -45,7 +45,7 @@ class Single(Strategy):
         return SingleDeviceStrategy(device="cpu" if device == "cpu" else "cuda:0")
 
     def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
-        return Replicated(model, trainer.optimizers[0])
+        return Replicated(model, trainer.optimizers[0], strategy=repr(self))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Ddp(Strategy):
         return DDPStrategy(process_group_backend=_backend(device), timeout=timeout, gradient_as_bucket_view=True)
 
     def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
-        return Replicated(model, trainer.optimizers[0])
+        return Replicated(model, trainer.optimizers[0], strategy=repr(self))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Zero(Strategy):
 
     def sharding(self, model: nn.Module, trainer: Any) -> Sharding:
         kind = ZeroPartitionedWeights if self.stage == 3 else ZeroReplicatedWeights
-        return kind(model, trainer.optimizers[0], trainer.global_rank)
+        return kind(model, trainer.optimizers[0], trainer.global_rank, strategy=repr(self))
 
 
 def _backend(device: str) -> str:
@@ -193,6 +193,7 @@ class ZeroReplicatedWeights(Sharding):
     zero: Any  # DeepSpeedZeroOptimizer
     rank: int
     replicated: bool = False
+    strategy: str = ""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -222,6 +223,7 @@ class ZeroPartitionedWeights(Sharding):
     zero: Any  # DeepSpeedZeroOptimizer_Stage3
     rank: int
     replicated: bool = False
+    strategy: str = ""
 
     @property
     def optimizer(self) -> Optimizer:

@@ -17,8 +17,12 @@ from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import initial
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.training import saving
+from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.checkpoint_files import sealed, write_tensors
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest
 from diffusion_trainer.training.ema import KEY
+from diffusion_trainer.training.snapshots import Snapshot
 
 DEFAULT = "runs/plain/exports/images-000000000032-{}.safetensors"
 
@@ -105,6 +109,44 @@ def test_the_file_alone_is_enough_to_build_the_network(here):
         build(json.loads(about[part]), part)
 
 
+def put(root, kinds):
+    """Writes <root>/images-000000000064."""
+    shapes = {n: list(t.shape) for n, t in kinds[KEY].items()}
+    tensors = {f"{kind}/{n}/0": t.flatten() for kind, whole in kinds.items() for n, t in whole.items()}
+    return saving.write(root, Snapshot(64, 2.0, shapes, "", {}, tensors), Agreement(), keep=9)
+
+
+@pytest.fixture
+def snapshot(here):
+    """runs/plain/ema_snapshots/images-000000000064, which holds no weights but the negatives of the averages."""
+    return put(
+        here / "runs" / "plain" / "ema_snapshots", {KEY: {n: -t for n, t in averages(here / "runs" / "plain").items()}}
+    )
+
+
+def test_a_snapshot_of_averages_is_exported_as_a_checkpoint_is(here, snapshot):
+    assert console.run(["export", f"checkpoint='{snapshot}'", "out=model.safetensors"]) == 0
+    known = {n: -t for n, t in averages(here / "runs" / "plain").items()}
+    assert equal(load_file(here / "model.safetensors"), known)
+    with safe_open(here / "model.safetensors", framework="pt") as file:
+        assert (file.metadata()["run"], file.metadata()["images_seen"]) == ("plain", "64")
+    with pytest.raises(UserError, match="has no raw weights; it has weights=ema"):
+        console.run(["export", f"checkpoint='{snapshot}'", "weights=raw"])
+
+
+def test_a_checkpoint_that_lacks_some_of_the_weights_is_damaged(here, snapshot):
+    """Even if its manifest agrees."""
+    name, tensor = next(iter(averages(here / "runs" / "plain").items()))
+    written = write_tensors(snapshot / "rank-00001.safetensors", {f"{KEY}/{name}/0": tensor.flatten()})
+    manifest = json.loads((snapshot / "manifest.json").read_text())
+    manifest["files"] = {"rank-00001.safetensors": written._asdict()}
+    manifest["parameters"] = {n: s for n, s in manifest["parameters"].items() if n in list(manifest["parameters"])[:2]}
+    manifest["parameters"] = {n: s if n == name else [1] for n, s in manifest["parameters"].items()}
+    (snapshot / "manifest.json").write_text(sealed({k: v for k, v in manifest.items() if k != "crc32"}))
+    with pytest.raises(UserError, match=r"manifest.json is damaged: none of its files holds ema of"):
+        console.run(["export", f"checkpoint='{snapshot}'", "out=model.safetensors"])
+
+
 def test_unknown_weights_are_refused_with_those_that_there_are(here):
     assert refused("weights=emma").endswith("has no emma weights; it has weights=raw or ema; did you mean ema?")
     assert refused("weights=exp_avg").endswith("has no exp_avg weights; it has weights=raw or ema")
@@ -114,15 +156,14 @@ def test_unknown_weights_are_refused_with_those_that_there_are(here):
 
 
 @pytest.mark.parametrize("weights", ["long", "ema.long"])
-def test_another_average_is_found_by_its_profile_and_by_its_kind(here, monkeypatch, weights):
+def test_another_average_is_found_by_its_profile_and_by_its_kind(here, weights):
     """A checkpoint whose second average is Adam's first moment: another set of numbers of the same shapes."""
-    of = {"ema.long": "exp_avg"}
-    read = Checkpoint.read
-    monkeypatch.setattr(Checkpoint, "kinds", property(lambda _: {WEIGHT, KEY, "ema.long", "exp_avg"}))
-    monkeypatch.setattr(Checkpoint, "read", lambda self, kind, *run: read(self, of.get(kind, kind), *run))
-    assert export(f"weights={weights}") == 0
-    known = Checkpoint(folder_of("plain")).whole("exp_avg")
-    assert equal(load_file(here / DEFAULT.format("ema.long-fp32")), known)
+    checkpoint = Checkpoint(folder_of("plain"))
+    known = checkpoint.whole("exp_avg")
+    kinds = {WEIGHT: checkpoint.whole(WEIGHT), KEY: checkpoint.whole(KEY), "ema.long": known}
+    put(here / "runs" / "plain" / "checkpoints", kinds)
+    assert export(f"weights={weights}", "out=model.safetensors") == 0
+    assert equal(load_file(here / "model.safetensors"), known)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import csv
 import json
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from killed import Killed, in_a_process
 
 from diffusion_trainer.apps import rank
 from diffusion_trainer.apps.config import load
@@ -17,14 +19,11 @@ from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.evaluating import Evaluating
 from diffusion_trainer.evaluation.evaluation import Interrupted
+from diffusion_trainer.training import saving
 from diffusion_trainer.training.checkpoint_files import sealed
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Killed(Exception):
-    """Stands for SIGKILL: nothing below the trainer handles it."""
 
 
 class Calls(dict):
@@ -68,7 +67,8 @@ def train(shards, tmp_path):
         config = load("train", overrides, TrainConfig)
         folder.mkdir(exist_ok=True)
         write_config(folder, config)
-        return rank.work(config, folder, World(0, 1, 1, False))
+        with in_a_process():
+            return rank.work(config, folder, World(0, 1, 1, False))
 
     return run
 
@@ -130,6 +130,31 @@ def test_an_evaluation_that_never_ended_is_made_up_for_and_no_other_repeated(tra
     assert report(tmp_path / "run")["history"] == whole
     assert report(tmp_path / "run")["metrics"] == {"fid": whole[-1]["fid"]}
     assert report(tmp_path / "run")["images_seen"] == 192
+
+
+def test_an_evaluation_does_not_wait_for_the_checkpoint_of_its_step(train, calls, tmp_path, monkeypatch, whole):
+    """That is written meanwhile, as it was copied before: of the weights, not of the averages in their place."""
+    evaluating, write = threading.Event(), saving.write
+
+    def wait_and_write(*arguments):
+        assert evaluating.wait(60)
+        return write(*arguments)
+
+    def look(run):
+        there.append((latest(run.folder / "checkpoints"), run.images_seen))
+        evaluating.set()
+        run.settle()
+        there.append(latest(run.folder / "checkpoints").name)
+
+    there = []
+    calls[64] = look
+    monkeypatch.setattr(saving, "write", wait_and_write)
+    assert train(64) == 0
+    assert there == [(None, 64), "images-000000000064"]
+    assert train(64, "callbacks.evaluate=null", folder=tmp_path / "other") == 0
+    path = "checkpoints/images-000000000064"
+    ours, theirs = (Checkpoint(tmp_path / name / path) for name in ("run", "other"))
+    assert all(torch.equal(t, theirs.whole(k)[n]) for k in ours.kinds for n, t in ours.whole(k).items())
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ import pytest
 import spies
 import tiny
 import torch
+from killed import Killed, in_a_process
 
 from diffusion_trainer.apps import rank
 from diffusion_trainer.apps.config import load
@@ -26,10 +27,6 @@ from diffusion_trainer.training.checkpoints import Checkpoint, latest
 pytestmark = pytest.mark.filterwarnings("ignore")
 IMAGES = 224  # seven steps of 32
 CLOCKED = ("train/images_per_second", "train/save_seconds")
-
-
-class Killed(Exception):
-    """Stands for SIGKILL: nothing below the trainer handles it."""
 
 
 def kill():
@@ -85,7 +82,8 @@ def train(shards, tmp_path):
         config = load("train", overrides, TrainConfig)
         folder.mkdir(exist_ok=True)
         write_config(folder, config)
-        return rank.work(config, folder, World(0, 1, 1, False))
+        with in_a_process():
+            return rank.work(config, folder, World(0, 1, 1, False))
 
     return run
 

@@ -91,6 +91,16 @@ def test_single_steps_that_were_not_taken_are_counted_and_told(tmp_path):
     assert run.state[KEY] == {"losses": [1, 1, 1], "skipped": 3, "in_a_row": 0}
 
 
+@pytest.mark.parametrize(("loss", "alerts"), [(1.0, 0), (NAN, 1), (float("inf"), 1)])
+def test_a_loss_scale_is_to_blame_for_gradients_alone(tmp_path, loss, alerts):
+    """It multiplies the loss that there is: one that is not finite was so before."""
+    guard = Guarding()
+    run = guarded(tmp_path, guard, [1, 1])
+    guard._judge(run.images_seen, (loss, 0.0, 1.0))
+    assert len(run.alerts) == alerts
+    assert run.logged[-1][1] == {"train/skipped_steps": 1}
+
+
 def test_so_many_in_a_row_lead_back_to_the_newest_checkpoint_and_leave_out_what_was_read_since(tmp_path):
     """No weight has changed in the row, so one made in it will do. It is noticed a step late, one more on its way."""
     checkpoints = [2 * BATCH, 6 * BATCH, 8 * BATCH]

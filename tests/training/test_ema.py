@@ -17,7 +17,7 @@ from diffusion_trainer.training.ema import (
     gamma_of,
     key_of,
 )
-from diffusion_trainer.training.nonfinite import NonFinite
+from diffusion_trainer.training.nonfinite import NonFinite, spoiled
 from diffusion_trainer.training.optimizers import AdamW, Constant
 
 
@@ -90,7 +90,8 @@ def losing(model: torch.nn.Module, x: torch.Tensor) -> None:
     model(x).square().sum().backward()
 
 
-TRACKS = Several({"a": ConstantDecay(0.8), "b": PowerFunction(0.1), "c": HalfLife(3, 0.5)}, "a").tracks
+PROFILES = {"a": ConstantDecay(0.8), "b": PowerFunction(0.1), "c": HalfLife(3, 0.5), "d": WarmUp(0.3)}
+TRACKS = Several(PROFILES, "a").tracks
 
 
 def test_averages_are_their_closed_forms_from_the_initial_weights_on():
@@ -105,7 +106,7 @@ def test_averages_are_their_closed_forms_from_the_initial_weights_on():
         optimizer.step()
         seen[0] += 1
         history.append(model.weight.detach().clone())
-    assert TRACKS.keys() == {KEY, key_of("b"), key_of("c")}
+    assert TRACKS.keys() == {KEY, key_of("b"), key_of("c"), key_of("d")}
     for key, track in TRACKS.items():
         closed = sum(share * weight for share, weight in zip(kept(track, 6, 1), history, strict=True))
         assert torch.allclose(optimizer.state[model.weight][key], closed, rtol=1e-6)  # shares are float32
@@ -123,13 +124,25 @@ def stepped(model, optimizer, batches, closure=False) -> dict:
     return {(n, k): v.clone() for n, p in model.named_parameters() for k, v in {**state[p], "weight": p.data}.items()}
 
 
-def made(clip=None):
+def made():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4))
     optimizer = AdamW(0.1, Constant(), weight_decay=0.1).build(model)
     nonfinite = NonFinite(optimizer)
     attach_ema(optimizer, {KEY: lambda: 0.9, key_of("b"): lambda: 0.5}, nonfinite)
     return model, optimizer, nonfinite
+
+
+@pytest.mark.parametrize(("largest", "finite"), [(1e20, False), (float("nan"), False), (1e15, True)])
+def test_a_loss_that_is_not_finite_has_no_finite_gradient_and_another_is_what_it_was(largest, finite):
+    """x^2 overflows at 1e20, 2x does not."""
+    x = torch.tensor([largest, 1.0, 0.1], requires_grad=True)
+    loss = x.square().sum()
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (gradient,) = torch.autograd.grad(spoiled(loss), x)
+    assert bool(loss.isfinite()) == finite
+    assert torch.equal(gradient, plain) if finite else bool(gradient.isnan().all())
+    assert torch.equal(spoiled(loss), loss) or not finite
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,4 +1,6 @@
-"""Gradients that are not finite in real runs: those steps are taken by no rank, and a row of them leads back."""
+"""Losses and gradients that are not finite, and a loss that leaps, in real runs: no rank takes such a step, a row of
+them leads back, and so does the leap.
+"""
 
 import csv
 import json
@@ -10,7 +12,11 @@ from spied_runs import SPY, largest, spied
 
 pytestmark = pytest.mark.slow
 
-GUARDED = ["+callbacks.poison._target_=spies.Poison", "callbacks.log.every_n_images=16"]
+GUARDED = [
+    "+callbacks.poison._target_=spies.Poison", "callbacks.log.every_n_images=16",
+    "+logger.alerts._target_=spies.Alerts",
+]  # fmt: skip
+STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 
 
 def rows(folder, name):
@@ -18,23 +24,52 @@ def rows(folder, name):
         return list(csv.DictReader(file))
 
 
+def alerts(folder, name):
+    """Titles and texts, in their order."""
+    return [json.loads(line) for line in (folder / "runs" / name / "alerts.jsonl").read_text().splitlines()]
+
+
 def poisoned(first, last):
     return [*GUARDED, f"+callbacks.poison.first={first}", f"+callbacks.poison.last={last}"]
 
 
-def test_steps_that_one_rank_spoils_are_taken_by_none(folder):
-    """Two of eight, under every strategy: the same weights and averages as on one process, all finite."""
-    overrides = poisoned(48, 80)
-    one = spied(folder, "spoiled-single", "strategy=single", *overrides)
-    clean = spied(folder, "clean-single", "strategy=single")
+# A gradient of NaN in the step at 48 images, a loss of infinity whose gradient is finite in the step at 80.
+SPOILED = [*poisoned(48, 64), "+callbacks.raise={_target_: spies.Raise, first: 80, last: 96, by: inf}"]
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    return spied(folder, "spoiled", "strategy=single", *SPOILED)
+
+
+def test_a_spoiled_step_is_counted_told_and_as_if_it_had_never_been(folder, one):
+    """(That it leaves each bit of weights, averages and moments as it was, the spy checks.)"""
+    clean = spied(folder, "clean", "strategy=single")
+    assert one["kept"] == [1, 1, 1, 0, 1, 0, 1, 1]
     assert largest(one, clean, "weights") > 1e-3
-    assert all(w.isfinite().all() for kind in ("weights", "ema", "moments") for w in one[kind].values())
-    for strategy in ("ddp", "zero3"):
-        two = spied(folder, f"spoiled-{strategy}", f"strategy={strategy}", *overrides)
-        assert largest(two, one, "weights") < 1e-3
-        assert largest(two, one, "ema") < 1e-3
-        skipped = [r["train/skipped_steps"] for r in rows(folder, f"spoiled-{strategy}") if r["train/skipped_steps"]]
-        assert skipped == ["1", "2"]
+    assert all(w.isfinite().all() for w in one["all"].values())
+    told(folder, "spoiled")
+
+
+def told(folder, name):
+    skipped = [(r["images_seen"], r["train/skipped_steps"]) for r in rows(folder, name) if r["train/skipped_steps"]]
+    assert skipped == [("64", "1"), ("96", "2")]
+    say = "the {} at {} images was not finite: that step was not taken"
+    texts = [say.format("gradient", 48), say.format("loss", 80)]
+    assert alerts(folder, name) == [["step not taken", text] for text in texts]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_steps_that_one_rank_spoils_are_taken_by_none(folder, one, strategy, micro_batches):
+    """In the first of its micro-batches; to the last bit, which the spy checks, and then as on one process."""
+    name = f"spoiled-{strategy}-{micro_batches}"
+    two = spied(folder, name, f"strategy={strategy}", f"trainer.accumulate_grad_batches={micro_batches}", *SPOILED)
+    assert two["kept"] == one["kept"]
+    assert two["ema_error"] < 1e-6
+    assert largest(two, one, "weights") < 1e-3
+    assert largest(two, one, "ema") < 1e-3
+    told(folder, name)
 
 
 @pytest.mark.parametrize("strategy", ["single", "zero2"])
@@ -56,3 +91,27 @@ def test_a_row_of_them_leads_back_and_on_with_later_data(folder, strategy):
     report = torch.load(max((folder / "runs" / name).glob("spy-*.pt")), weights_only=True)
     assert all(w.isfinite().all() for w in report["weights"].values())
     assert output.count("going back to") == len(entries)
+    assert [title for title, _ in alerts(folder, name)].count("rollback") == len(entries)
+
+
+def test_a_loss_that_leaps_leads_back_to_before_the_leap_and_on_after_its_data(folder):
+    """One of two ranks has samples 96 to 127 wrong: two steps, most of the last three, as is known at 128 images."""
+    leap = "callbacks.poison={_target_: spies.Raise, first: 96, last: 128, by: 1e6}"
+    overrides = [
+        f"+{leap}", GUARDED[-1], "callbacks.log.every_n_images=16", "callbacks.checkpoint.every_n_images=16",
+        "callbacks.guard.recent=3", "callbacks.guard.history=4", "callbacks.guard.spike=1000",
+        "callbacks.checkpoint.keep=9", "+callbacks.ledger._target_=spies.Ledger", "num_images=160",
+    ]  # fmt: skip
+    report = spied(folder, "leap", "strategy=zero2", *overrides, started=80)
+    run = folder / "runs" / "leap"
+    (entry,) = json.loads((run / "rollbacks.json").read_text())
+    assert (entry["images_seen"], entry["left_out"]) == (80, 48)
+    assert [n for n, _ in report["ledger"]] == list(range(128, 208))
+    trained = [json.loads(line)[0] for path in run.glob("ledger-*.jsonl") for line in path.read_text().splitlines()]
+    assert sorted(trained) == list(range(208))  # each once: those of the steps that were lost are not read again
+    ((title, text),) = alerts(folder, "leap")
+    assert title == "rollback"
+    assert text.startswith("At 128 images the loss was ")
+    assert text.endswith("going back to 80, and on with the data after these")
+    assert max(report["losses"]) < 10
+    assert [r["images_seen"] for r in rows(folder, "leap") if r.get("train/rollbacks")] == ["80"]

@@ -27,3 +27,4 @@ def test_every_layout_follows_the_trajectory_of_one_process(folder, one, layout)
     assert found["ledger"] == one["ledger"]
     assert found["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert largest(found, one, "weights") < 1e-3
+    assert found["ema_error"] < 1e-6

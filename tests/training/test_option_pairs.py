@@ -61,6 +61,7 @@ def test_every_pair_goes_on_bitwise_from_its_own_checkpoint(folder, row):
     assert [at for at, _ in found] == [str(HALF), str(WHOLE)]
     forget_the_second_half(run)
     again = trained(folder, name, *options, started=HALF)
+    assert max(whole["ema_error"], again["ema_error"]) < 1e-6
     assert bitwise(again, whole)
     assert again["losses"] == whole["losses"][HALF // 16 :]
     assert scored(run) == found

@@ -1,14 +1,20 @@
 """Saving in the background: what is saved is what was there when it began, and what fails is told once."""
 
+import json
 import os
-import subprocess
+import shutil
 import tempfile
 import threading
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 from saved import content, read, same, save, save_by_two, trained
+from small_disks import fill, mounted
 
+import diffusion_trainer
 from diffusion_trainer.training import checkpoints, saving
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoints import Checkpoint
@@ -147,6 +153,60 @@ def test_a_file_that_does_not_read_back_is_no_checkpoint(tmp_path, monkeypatch):
     assert checkpoints.latest(tmp_path) is None
 
 
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """What is asked of the disk, in its order: ("sync", path), ("name", path, new path), ("delete", path)."""
+    asked, at = [], lambda path: str(Path(path).relative_to(tmp_path))
+    fsync = os.fsync
+
+    def synced(descriptor):
+        asked.append(("sync", at(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def naming(original):
+        return lambda old, new: asked.append(("name", at(old), at(new))) or original(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, naming(getattr(Path, name)))
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: asked.append(("delete", at(path))) or rmtree(path, **how))
+    return asked
+
+
+def test_all_is_on_the_disk_before_its_name_is_and_that_before_latest_and_that_before_the_old_one_goes(tmp_path, disk):
+    """Whatever the disk's own order is: a loss of power leaves this checkpoint or the one before, too."""
+    root = tmp_path / "root"
+    save(root, 64, keep=1)
+    disk.clear()
+    save(root, 128, keep=1)
+    part, whole, old = "root/.images-000000000128.part", "root/images-000000000128", "root/images-000000000064"
+    assert disk == [
+        ("sync", "."),  # the folder of checkpoints
+        ("sync", f"{part}/rank-00000.safetensors"),
+        ("sync", f"{part}/.manifest.json.part"),
+        ("name", f"{part}/.manifest.json.part", f"{part}/manifest.json"),
+        ("sync", part),  # by who writes a small file
+        ("sync", part),  # the names of all files
+        ("name", part, whole),
+        ("sync", "root"),
+        ("sync", "root/.latest.part"),
+        ("name", "root/.latest.part", "root/latest"),
+        ("sync", "root"),
+        ("name", old, "root/.images-000000000064.old"),
+        ("delete", "root/.images-000000000064.old"),
+    ]
+
+
+def test_the_manifest_says_what_wrote_it(tmp_path):
+    sharding = trained()
+    save(tmp_path, 64, replace(sharding, strategy="Ddp()"))
+    versions = {library: metadata.version(library) for library in ("torch", "lightning", "deepspeed")}
+    said = json.loads((checkpoints.latest(tmp_path) / "manifest.json").read_text())["written_by"]
+    assert said == versions | {"diffusion_trainer": diffusion_trainer.__version__, "strategy": "Ddp()", "ranks": 1}
+    assert all(said.values())
+
+
 @pytest.mark.parametrize("every", [1, 3, 7, 10, 11, 40])
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_one_is_always_as_far_back_as_is_asked_and_few_are_kept(every, keep):
@@ -169,14 +229,8 @@ def test_without_a_reach_the_newest_are_kept():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 256 kB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", path], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"only who may mount can have a small file system here: {made.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", path], check=True)
+    with mounted(tmp_path / "small", 256) as path:
+        yield path
 
 
 def big(seed):
@@ -206,7 +260,7 @@ def test_a_full_disk_leaves_the_one_before_and_room_makes_the_next(small_disk):
 
 def test_nothing_goes_through_tmpdir(tmp_path, small_disk, monkeypatch):
     """It is another file system, and full."""
-    (small_disk / "full").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
+    fill(small_disk / "full")
     monkeypatch.setenv("TMPDIR", str(small_disk))
     monkeypatch.setattr(tempfile, "tempdir", None)
     save(tmp_path / "run", 64, big(0))

@@ -1,5 +1,7 @@
 """Real runs on real processes: every strategy computes the same numbers, and its averages are the closed form."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +36,7 @@ def test_two_processes_compute_what_one_does(folder, single, strategy):
     assert largest(two, single, "ema") < 1e-3
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_accumulation_and_clipping_change_nothing_but_the_order_of_sums(folder, single, strategy):
     """(Lightning and DeepSpeed both divide the loss by the micro-batches; with clipping that shows.)"""
     clipped = "trainer.gradient_clip_norm=0.2"
@@ -45,6 +47,7 @@ def test_accumulation_and_clipping_change_nothing_but_the_order_of_sums(folder, 
     assert pieces["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     assert whole["losses"] != pytest.approx(single["losses"], rel=1e-5)  # the clipping does something
     assert largest(pieces, whole, "weights") < 1e-3
+    assert pieces["ema_error"] < 1e-6
 
 
 @pytest.mark.parametrize("strategy", ["single", "zero2", "zero3"])
@@ -74,6 +77,11 @@ def test_another_strategy_and_world_resume_a_checkpoint(folder, single):
     whole = torch.load(folder / "runs" / "resumed-single-whole" / "spy-0.pt", weights_only=True)
     assert last["losses"] == pytest.approx(whole["losses"][6:], rel=1e-5)
     assert last["ledger"] == whole["ledger"][96:]
+    paths = (folder / "runs" / "moved" / "checkpoints").glob("images-*/manifest.json")
+    said = {m["images_seen"]: m["written_by"] for m in map(json.loads, map(Path.read_text, paths))}
+    assert {n: (by["strategy"].split(",")[0], by["ranks"]) for n, by in said.items()} == {
+        96: ("Zero(stage=2", 2), 128: ("Single()", 1)
+    }  # fmt: skip
     assert largest(last, whole, "ema") < 1e-3
 
 
