@@ -9,13 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
-import torch
-from conftest import ROOT
-from ledgers import lines
-
-from diffusion_trainer.callbacks.wandb_files import points
-from diffusion_trainer.training.checkpoints import Checkpoint, latest
+from conftest import ROOT, SMALL
 
 INSTALLED = all(
     shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in ("slurmctld", "slurmd", "munged")
@@ -25,7 +21,21 @@ MARKS = [
     pytest.mark.slurm,
     pytest.mark.skipif(not INSTALLED, reason="SLURM is not installed: apt-get install slurm-wlm munge"),
 ]
+GONE = (FileNotFoundError, ProcessLookupError)  # when what is read in /proc has ended meanwhile
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
+# A run with all that a fault can lose: moments, averages, evaluations, metrics.csv, Weights & Biases (offline), and a
+# ledger of the samples that it has trained on.
+WHOLE = [
+    "experiment=digits", *(a for a in SMALL if a != "logger=csv"), "strategy=zero2", "ema=several",
+    "callbacks.evaluate.at_start=false", "allowed_targets=[spies,faults,crashing]",
+    "+callbacks.ledger._target_=spies.Ledger",
+]  # fmt: skip
+
+
+def callback(name: str, target: str, **arguments: object) -> list[str]:
+    """A callback of a run: faults.Creep and the like."""
+    given = [f"+callbacks.{name}.{key}={value}" for key, value in arguments.items()]
+    return [f"+callbacks.{name}._target_={target}", *given]
 
 
 def script():
@@ -60,13 +70,21 @@ def submit(cluster, checkout: Path, *arguments: str, options: Sequence[str] = ()
     sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", *options]
     paths = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'slurm'}"
     own = [str(ROOT / "launch" / "train.sbatch"), *arguments]
-    return cluster.run(*sbatch, *own, cwd=checkout, PYTHONPATH=paths, WANDB_MODE="offline").strip()
+    return cluster.run(*sbatch, *own, cwd=checkout, PYTHONPATH=paths, WANDB_MODE="offline", DOCTOR="").strip()
 
 
 def ended(cluster, checkout: Path, job: str, seconds: float = 300) -> tuple[dict[str, str], str]:
-    """What SLURM says of a job that has ended for good, and its log."""
-    until(lambda: cluster.job(job)["JobState"] in OVER, lambda: log_of(checkout, job), seconds)
-    return cluster.job(job), log_of(checkout, job)
+    """What SLURM says of a job that has ended for good, and its log, once no process and no port of it is left."""
+    return over(cluster, job, lambda: log_of(checkout, job), seconds)
+
+
+def over(cluster, job: str, log: Callable[[], str], seconds: float = 300) -> tuple[dict[str, str], str]:
+    """`ended`, of a job with another log."""
+    until(lambda: cluster.job(job)["JobState"] in OVER, log, seconds)
+    until(lambda: not left_of(cluster, job), lambda: f"left of job {job}: {left_of(cluster, job)}\n{log()}", 60)
+    state = cluster.job(job)
+    assert not open_ports(job, int(state["Restarts"]) + 1), log()
+    return state, log()
 
 
 def log_of(checkout: Path, job: str) -> str:
@@ -128,14 +146,33 @@ def rank_of(cluster, rank: int, job: str | None = None) -> int:
             above = parent(parent(pid))
             if wanted <= set(entries) and above and "slurmstepd" in name_of(above):
                 return pid
-        except FileNotFoundError:
-            continue  # it has ended meanwhile
+        except GONE:
+            continue
     raise AssertionError(f"there is no rank {rank}")
 
 
-def worker_of(cluster, rank: int) -> int:
+def importing(cluster, rank: int, job: str, before: int = 0) -> int:
+    """This rank's process, once it is Python and before it can have anything to save.
+
+    before: the same of an earlier start, which may not have ended yet.
+    """
+    found = []
+
+    def there() -> bool:
+        try:
+            pid = rank_of(cluster, rank, job)
+            found[:] = [pid] if b"diffusion_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes() else []
+            return found not in ([], [before]) and "python" in name_of(pid)
+        except (AssertionError, *GONE):
+            return False
+
+    until(there, lambda: f"rank {rank} of job {job} never began", 120)
+    return found[0]
+
+
+def worker_of(cluster, rank: int, job: str | None = None) -> int:
     """The first process that reads data for this rank: a fork of it."""
-    pid = rank_of(cluster, rank)
+    pid = rank_of(cluster, rank, job)
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     command = Path(f"/proc/{pid}/cmdline").read_bytes()
     forks = [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes() == command]
@@ -143,41 +180,19 @@ def worker_of(cluster, rank: int) -> int:
     return forks[0]
 
 
-def left_of(cluster, job: str) -> list[int]:
-    """Processes that a job has started and that live still."""
-    found = []
-    for pid in cluster.processes():
+def left_of(cluster, job: str, *more: str, node: str | None = None) -> list[int]:
+    """Processes that a job has started, on any node or on one, and that live still; more: of their environment."""
+    found, wanted = [], {entry.encode() for entry in (f"SLURM_JOB_ID={job}", *more)}
+    for pid in cluster.processes(node):
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            found += [pid] if f"SLURM_JOB_ID={job}".encode() in environment and "slurmstepd" not in name_of(pid) else []
-        except FileNotFoundError:
-            continue  # it has ended meanwhile
+            found += [pid] if wanted <= set(environment) and "slurmstepd" not in name_of(pid) else []
+        except GONE:
+            continue
     return found
 
 
-def check_nothing_lost(run: Path, alone: Path) -> None:
-    """Against a run that was left alone: weights, averages, moments and schedule bitwise, the samples of each step
-    (spies.Ledger), each step once in metrics.csv and with the same numbers, no evaluation missing, one W&B run.
-    """
-    ours, theirs = (Checkpoint(latest(path / "checkpoints")) for path in (run, alone))
-    assert [ours.manifest[key] for key in ("images_seen", "optimizer_steps", "parameters")] == [
-        theirs.manifest[key] for key in ("images_seen", "optimizer_steps", "parameters")
-    ]
-    assert ours.kinds == theirs.kinds
-    for kind in theirs.kinds:
-        a, b = ours.whole(kind), theirs.whole(kind)
-        assert a.keys() == b.keys()
-        assert not [name for name in b if not torch.equal(a[name], b[name])], kind
-    assert set(lines(run)) == set(lines(alone))
-    assert numbers(run) == numbers(alone)
-    assert [path.name for path in (run / "checkpoints").glob(".images-*")] == []
-    told, rows = points(run), numbers(run)
-    assert {images for images, _ in told} == {int(row["images_seen"]) for row in rows}
-    assert len({path.stem for path in (run / "wandb").glob("*run-*/run-*.wandb")}) == 1
-
-
-def numbers(run: Path) -> list[dict[str, str]]:
-    """metrics.csv without what depends on how fast the machine was."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: row[key] for key in row if "seconds" not in key and "per_second" not in key} for row in rows]
+def open_ports(job: str, starts: int) -> list[int]:
+    """At which starts' ports (launch/train.sbatch), of the first so many, somebody listens still."""
+    listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return [start for start in range(starts) if 20000 + (int(job) + 7919 * start) % 12000 in listening]

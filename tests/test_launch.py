@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -15,27 +16,41 @@ ASKED = "--partition=main --time=1-00:00:00 --cpus-per-task=4 --nodes=2 --ntasks
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A folder with a .venv that echoes its arguments, and srun and scontrol on the path."""
+    """A folder with a .venv that echoes its arguments, and srun and scontrol on the path. Files in it are for ranks
+    that train: code-<rank>, or code for all, their exit codes; kill-<rank>: a signal to the shell that watches one.
+    """
     tools = tmp_path / "tools"
     tools.mkdir()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    job = f"JobId=41234 JobState=RUNNING TimeLimit=1-00:00:00 StdOut={tmp_path}/the log Power="
+    job = f"JobId=41234 JobState=RUNNING TimeLimit=1-00:00:00 StdOut={tmp_path}/the log"
     scripts = {
         tools / "scontrol": f"""
 case "$1 $2" in
   "show node") echo "NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.7 State=ALLOCATED" ;;
-  "show job") echo "{job}" ;;
+  "show job") echo "{job} EndTime=$(cat end 2> /dev/null || echo Unknown) Power=" ;;
   *) echo "$@" >> requeued ;;
 esac""",
         tools / "srun": """
-echo "srun $1 at $MASTER_ADDR:$MASTER_PORT cpus $SRUN_CPUS_PER_TASK"
-"${@:2}"
-code=$?
-exit $(cat srun-code 2> /dev/null || echo $code)""",
+options=
+while [[ $1 == --* ]]; do
+  options+="$1 "
+  [[ $1 != --ntasks=* ]] || SLURM_NTASKS=${1#*=}
+  shift
+done
+echo "srun ${options}at $MASTER_ADDR:$MASTER_PORT cpus $SRUN_CPUS_PER_TASK" >> sruns
+for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+  SLURM_PROCID=$rank "$@" > "said-$rank"
+  ((code = $? > ${code:-0} ? $? : ${code:-0}))
+done
+cat said-0 && rm said-*
+exit $code""",
         tmp_path / ".venv" / "bin" / "python": f"""
 if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
 if [ "${{@: -1}}" = --config ]; then echo "folder: my run"; exit; fi
-printf "<%s>" "$@"; echo; exit $(cat code)""",
+printf "<%s>" "$@"; echo
+if [ "$4" = doctor ]; then exit $(cat doctor-code 2> /dev/null || echo 0); fi
+if [ -e "kill-$SLURM_PROCID" ]; then kill -s $(cat "kill-$SLURM_PROCID") $PPID; fi
+exit $(cat "code-$SLURM_PROCID" 2> /dev/null || cat code)""",
     }
     for path, text in scripts.items():
         path.write_text(f"#!/bin/bash\n{text}\n")
@@ -43,7 +58,8 @@ printf "<%s>" "$@"; echo; exit $(cat code)""",
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
     return environment | {
         "SLURM_JOB_ID": "41234", "SLURMD_NODENAME": "n1", "SLURM_CPUS_PER_TASK": "4", "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_PARTITION": "main",
+        "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_PARTITION": "main", "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "n[1-2]",
     }  # fmt: skip
 
 
@@ -78,13 +94,18 @@ def requeued(tmp_path):
     return lambda: path.read_text().count("requeue 41234\n") if path.exists() else 0
 
 
-def test_arguments_and_exit_code_pass_through(start):
+def test_arguments_and_exit_code_pass_through(start, tmp_path):
     arguments = ["experiment=digits", "data.shards=a b/*.tar", "network.channel_multipliers=[1,2]"]
     result = start(3, *arguments)
     assert result.returncode == 3, result.stderr
-    assert result.stdout.splitlines() == [
+    doctor, train = result.stdout.splitlines()
+    given = "><".join(arguments)
+    assert train == f"<-P><-m><diffusion_trainer><train><{given}>"
+    lead, processes = "doctor.signal_lead_seconds=120", "doctor.processes=2"
+    assert doctor == f"<-P><-m><diffusion_trainer><doctor><{lead}><{processes}><{given}>"
+    assert (tmp_path / "sruns").read_text().splitlines() == [
+        "srun --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 at 10.0.0.7:25234 cpus 4",
         "srun --kill-on-bad-exit=1 at 10.0.0.7:25234 cpus 4",
-        f"<-P><-m><diffusion_trainer><train><{'><'.join(arguments)}>",
     ]
 
 
@@ -100,12 +121,13 @@ def test_what_is_done_and_what_is_a_mistake_is_not_started_again(start, requeued
     before = {*tmp_path.iterdir()}
     assert start(code).returncode == code
     assert requeued() == 0
-    assert {*tmp_path.iterdir()} == before | {tmp_path / "code"}
+    assert {*tmp_path.iterdir()} == before | {tmp_path / "code", tmp_path / "sruns"}
 
 
 def test_a_mistake_that_one_rank_sees_counts_though_srun_reports_another_that_had_to_stop(start, requeued, tmp_path):
-    (tmp_path / "srun-code").write_text("143")
-    result = start(2)
+    for rank, code in enumerate((143, 2)):
+        (tmp_path / f"code-{rank}").write_text(str(code))
+    result = start(0)
     assert (result.returncode, requeued()) == (2, 0)
     assert not list(tmp_path.glob("slurm-*"))
 
@@ -168,9 +190,10 @@ def test_a_mistake_that_a_killed_start_has_left_is_not_that_of_this_one(start, t
 
 
 @pytest.mark.parametrize(("restarts", "port"), [("", 25234), ("0", 25234), ("1", 21153), ("3", 24991)])
-def test_another_start_meets_at_another_port(start, cluster, restarts, port):
+def test_another_start_meets_at_another_port(start, cluster, tmp_path, restarts, port):
     cluster["SLURM_RESTART_COUNT"] = restarts
-    assert f" at 10.0.0.7:{port} " in start(0).stdout
+    start(0)
+    assert f" at 10.0.0.7:{port} " in (tmp_path / "sruns").read_text()
 
 
 def test_python_may_be_a_command_of_the_path_as_a_container_is(start, with_line):
@@ -181,22 +204,84 @@ def test_python_may_be_a_command_of_the_path_as_a_container_is(start, with_line)
 
 
 @pytest.fixture
-def careful(with_line):
-    """The script with the doctor switched on."""
-    return with_line("doctor= ", "doctor=doctor.slow=0.5 ")
+def looked(start):
+    """looked(code): whether the doctor looks at the nodes before such a start; the start itself."""
 
+    def looked(code: int, **how) -> tuple[bool, subprocess.CompletedProcess]:
+        result = start(code, **how)
+        return "<doctor>" in result.stdout, result
 
-def test_the_doctor_looks_at_all_nodes_before_the_run(start, careful):
-    lines = start(0, "name=x", script=careful).stdout.splitlines()
-    assert [line.split(">", 3)[3] for line in lines[1::2]] == ["<doctor><doctor.slow=0.5><name=x>", "<train><name=x>"]
+    return looked
 
 
 @pytest.mark.parametrize(("code", "again"), [(1, 1), (2, 0)])
-def test_what_the_doctor_finds_keeps_the_run_from_these_nodes(start, careful, requeued, code, again):
+def test_what_the_doctor_finds_keeps_the_run_from_these_nodes(start, requeued, tmp_path, code, again):
     """2: a mistake, which other nodes would not mend."""
-    result = start(code, script=careful)
-    assert (result.returncode, requeued()) == (code, again)
-    assert "<train>" not in result.stdout
+    (tmp_path / "doctor-code").write_text(str(code))
+    for starts in (1, 2):
+        result = start(0)
+        assert (result.returncode, requeued()) == (code, again * starts)
+        assert "<train>" not in result.stdout
+
+
+def test_nodes_that_the_doctor_has_let_pass_he_looks_at_again_only_after_a_crash(looked, cluster):
+    assert looked(143)[0]
+    assert not looked(143)[0]
+    cluster["SLURM_JOB_NODELIST"] = "n[1,3]"
+    assert looked(143)[0]
+    assert not looked(1)[0]
+    assert looked(0)[0]
+
+
+def test_without_a_doctor_the_run_comes_first(looked, cluster, with_line):
+    cluster["DOCTOR"] = ""
+    assert not looked(0)[0]
+    del cluster["DOCTOR"]
+    assert not looked(0, script=with_line("doctor=", "doctor= # "))[0]
+
+
+def stops(start, count: int, code: int) -> list[bool]:
+    """Of so many starts: whether each was the last."""
+    return ["3 starts in a row without a newer checkpoint" in start(code).stderr for _ in range(count)]
+
+
+@pytest.mark.parametrize("code", [143, 138, 140, 129, 130])
+def test_five_stops_while_it_starts_are_five_requeues(start, requeued, code):
+    assert (stops(start, 5, code), requeued()) == ([False] * 5, 5)
+    assert stops(start, 3, 1) == [False, False, True]  # crashes are counted all the same
+
+
+def test_stops_between_them_forgive_no_crash(start):
+    assert [*stops(start, 1, 1), *stops(start, 2, 143), *stops(start, 2, 1)] == [False] * 4 + [True]
+
+
+def test_a_stop_after_a_newer_checkpoint_forgives_those_before(start, tmp_path):
+    latest = tmp_path / "my run" / "checkpoints" / "latest"
+    latest.parent.mkdir(parents=True)
+    assert stops(start, 2, 1) == [False, False]
+    latest.write_text("images-1")
+    assert [*stops(start, 1, 143), *stops(start, 3, 1)] == [False] * 3 + [True]
+
+
+@pytest.mark.parametrize(
+    ("files", "crash"),
+    [
+        ({"code-0": 143, "code-1": 1}, True),  # the others stop because of it, and srun tells of them
+        ({"code-0": 143, "kill-1": "KILL"}, True),  # with its shell, as for want of memory
+        ({"code-0": 143, "code-1": 1, "kill-1": "TERM"}, False),  # it was told, and has lost one that had ended
+    ],
+)
+def test_a_start_was_stopped_if_all_its_ranks_were(start, tmp_path, files, crash):
+    for name, text in files.items():
+        (tmp_path / name).write_text(str(text))
+    assert stops(start, 3, 143) == [False, False, crash]
+
+
+@pytest.mark.parametrize(("end", "counts"), [(0, True), (3600, False)])
+def test_a_stop_late_in_a_jobs_time_that_has_got_no_further_counts(start, tmp_path, end, counts):
+    """Its time is too short to get anywhere: it would be stopped so for ever."""
+    (tmp_path / "end").write_text(time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + end)))
+    assert stops(start, 3, 143) == [False, False, counts]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +291,8 @@ def test_a_post_mortem_is_in_the_log_where_ranks_did_not_end_in_order(start, tmp
     (tmp_path / "my run" / "logs").mkdir(parents=True)
     (tmp_path / "my run" / "logs" / left).touch()
     result = start(1)
-    assert ("<-P><-m><diffusion_trainer.apps.post_mortem><my run>" in result.stderr) == shown
+    again = f"sbatch {ASKED} launch/train.sbatch"
+    assert (f"<-P><-m><diffusion_trainer.apps.post_mortem><my run><1><{again}>" in result.stderr) == shown
     assert "back into the queue" in result.stderr
 
 

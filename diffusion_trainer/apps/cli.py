@@ -19,6 +19,7 @@ VERBS = {
     "likelihood": "bits per dimension of data under a checkpoint: the variational bound, or exact by the ODE",
     "ema": "make an average of another length after training, from a run's snapshots",
     "sweep-report": "the table of a sweep at any moment: what is done, running, failed, and which point is best",
+    "wandb-sync": "send to Weights & Biases what it lacks of a run that was offline, each point once",
     "export": "write a checkpoint's weights, averaged or raw, to one safetensors file that says what it is",
 }
 

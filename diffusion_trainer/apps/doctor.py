@@ -1,9 +1,11 @@
 """diffusion-trainer doctor: what would stop or slow down a run, found in a minute, each with how to mend it."""
 
+import faulthandler
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.training.agreement import Agreement
 
-MEETING_SECONDS = 30  # to find each other, which the first process does only when it has looked at the configuration
-LAST_SECONDS = 10  # for the reports, after the time for measuring is up
+MEETING_SECONDS = 25  # that the first process waits for the others, once it has looked at the configuration
+LAST_SECONDS = 5  # for the reports, after the time for measuring is up; then the process ends, whatever it waits for
 
 
 class DoctorConfig(TrainConfig):
@@ -43,7 +45,7 @@ class Settings:
     slow_network: float = 0.5
     clock_seconds: float = 1.0
     signal_lead_seconds: float = 120.0
-    timeout_seconds: float = 40.0
+    timeout_seconds: float = 50.0
 
     def __post_init__(self):
         if self.processes is not None and self.processes < 1:
@@ -67,15 +69,17 @@ def check(overrides: Sequence[str]) -> dict:
 def main(overrides: Sequence[str]) -> int:
     """The exit code: 0 nothing but warnings, 2 train would refuse to start, 1 another error."""
     quiet()
+    begin = time.monotonic()
     config = check(overrides)
     settings: Settings = build(config.pop("doctor"), "doctor")
     out, world = config.pop("out"), processes.current() or World(0, 1, 1, False)
-    begin = time.monotonic()
+    last = settings.timeout_seconds + LAST_SECONDS
     try:
-        run = Run(config, processes.current(), settings.processes)
-        checks = checks_of(run, refused(run, world.rank), settings)
-        agreement = meeting(world, MEETING_SECONDS, settings.timeout_seconds + LAST_SECONDS)
-        reports = _reports(checks, agreement, settings.timeout_seconds)
+        with bounded(last) if world.size > 1 else nullcontext():
+            run = Run(config, processes.current(), settings.processes)
+            checks = checks_of(run, refused(run, world.rank), settings)
+            agreement = meeting(world, MEETING_SECONDS, last)
+            reports = _reports(checks, agreement, begin + settings.timeout_seconds)
     except Absent as absent:
         if str(absent):
             print(f"error: {absent}", file=sys.stderr)
@@ -87,6 +91,16 @@ def main(overrides: Sequence[str]) -> int:
         if out:
             _write(Path(out), findings, reports, seconds)
     return max(finding.exit_code for finding in findings)
+
+
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Ends the process with exit code 1 and its stacks if what is inside takes longer: a collective can."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def checks_of(run: Run, found: Any, settings: Settings) -> list[Check]:
@@ -115,11 +129,12 @@ def checks_of(run: Run, found: Any, settings: Settings) -> list[Check]:
 Reports = Sequence[tuple[Process, Mapping[str, Any]]]  # by rank: what each check measured there
 
 
-def _reports(checks: Sequence[Check], agreement: Agreement, seconds: float) -> Reports:
-    end = time.monotonic() + seconds
+def _reports(checks: Sequence[Check], agreement: Agreement, end: float) -> Reports:
+    """end: of time.monotonic(), for the checks; the earliest of all processes'."""
     try:
-        last = Agreement(int(seconds) + LAST_SECONDS)  # in the other, checks that were given up may still wait
-        nodes = agreement.gather(node_name())
+        nodes, left = zip(*agreement.gather((node_name(), end - time.monotonic())), strict=True)
+        end = time.monotonic() + min(left)
+        last = Agreement(max(1, int(min(left))) + LAST_SECONDS)  # in the other, checks given up may still wait
         leaders = tuple(nodes.index(node) for node in dict.fromkeys(nodes))
         here = Process(agreement.rank, nodes[agreement.rank], leaders)
         measured = examine(checks, here, agreement, lambda: end - time.monotonic())

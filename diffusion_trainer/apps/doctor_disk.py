@@ -133,9 +133,10 @@ class Saving(Check):
         takes = max(total / len(nodes) / speed for speed in speeds.values())
         says = f"a checkpoint of {size_of(total)} takes about {time_of(takes)} ({size_of(sum(speeds.values()))}/s)"
         lead = f"the signal comes {self.lead_seconds:.0f} s before the end"
+        longer = max(60, round(4 * takes))
         mend = (
-            f"submit with --signal=TERM@{max(60, round(4 * takes))} (and tell the doctor: doctor.signal_lead_seconds), "
-            "or choose a faster file system for folder=..."
+            f"submit signal_lead_seconds={longer} (by hand --signal=TERM@{longer} and "
+            f"doctor.signal_lead_seconds={longer}), or choose a faster file system for folder=..."
         )
         if takes > self.lead_seconds:
             yield error(self.name, f"{says}; {lead}", mend)

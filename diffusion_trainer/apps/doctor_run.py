@@ -33,7 +33,7 @@ from diffusion_trainer.training.agreement import Agreement
 
 SHARDS_READ = 4  # of each node
 CONNECT_SECONDS = 5
-CONFIG_SECONDS = 20
+CONFIG_SECONDS = 15
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,13 @@ class Config(Check):
 
 @dataclass(frozen=True)
 class WeightsAndBiases(Check):
-    """Whether the server that the run would send its curves to answers; rank 0 alone sends."""
+    """Whether the server that the run would send its curves to answers (else it goes on offline). Rank 0 sends."""
 
     run: Run
 
     name = "wandb"
-    mend = "logger.wandb.mode=offline (send it later with `wandb sync`), or logger=csv"
+    mend = "logger.wandb.mode=offline (send it later with `diffusion-trainer wandb-sync`), or logger=csv"
+    needed = False  # a run goes on without it
     seconds = 2 * CONNECT_SECONDS
 
     def measure(self, here: Process, agreement: Agreement) -> Mapping[str, Any] | None:
@@ -171,13 +172,13 @@ class WeightsAndBiases(Check):
     def judge(self, measured: Measured) -> Iterator[Finding]:
         process, m = measured[0]
         if m["mode"] != "online":
-            later = ": send it later with `wandb sync`" if m["mode"] == "offline" else ""
+            later = ": send it later with `diffusion-trainer wandb-sync`" if m["mode"] == "offline" else ""
             yield ok(self.name, f"{m['mode']}{later}")
         elif m["why"]:
             mend = f"see the proxy (https_proxy) and WANDB_BASE_URL; or {self.mend}"
-            yield error(self.name, f"{m['server']} does not answer: {m['why']}", mend, [process.node])
+            yield warning(self.name, f"{m['server']} does not answer: {m['why']}", mend, [process.node])
         elif not m["logged_in"]:
-            yield error(self.name, "online, but nobody is logged in", f"wandb login; or {self.mend}", [process.node])
+            yield warning(self.name, "online, but nobody is logged in", f"wandb login; or {self.mend}", [process.node])
         else:
             yield ok(self.name, f"online, {m['server']} answers")
 

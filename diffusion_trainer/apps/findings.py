@@ -46,7 +46,7 @@ class Failed:
     why: str
     remedy: str = ""  # empty: the check's own
     refused: bool = False  # by what `train` would do as well
-    exit_code: int = 1
+    exit_code: int = 1  # 0: no reason to keep the run from these nodes
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Check(ABC):
 
     name: str
     mend: str  # what to do where it cannot be measured
+    needed: bool = True  # by the run; else a warning where it cannot be measured
     seconds: float = 10  # that measuring may take; inf where it waits for other processes, which may have been slow
 
     @abstractmethod
@@ -95,7 +96,8 @@ def examine(
 def limited(action: Callable[[], Any], seconds: float) -> Any:
     """What the action returns; Failed if it raises, or goes on for longer (a dead file server answers to nobody)."""
     if seconds <= 0:
-        return Failed("not looked at: the time was up", "see what took so long, or raise doctor.timeout_seconds")
+        remedy = "see what took so long, or raise doctor.timeout_seconds"
+        return Failed("not looked at: the time was up", remedy, exit_code=0)
     results: list[Any] = []
 
     def run() -> None:
@@ -133,7 +135,9 @@ def _failures(check: Check, failed: Sequence[tuple[Process, Failed]], said: Sequ
     for why in dict.fromkeys(value for _, value in failed):
         if not (why.refused and why.remedy in said):
             where = nodes_of([process for process, value in failed if value == why])
-            yield error(check.name, why.why, why.remedy or check.mend, where, why.exit_code)
+            says = check.name, why.why, why.remedy or check.mend, where
+            bad = why.exit_code and (check.needed or why.refused)
+            yield error(*says, why.exit_code) if bad else warning(*says)
 
 
 def nodes_of(processes: Sequence[Process]) -> list[str]:

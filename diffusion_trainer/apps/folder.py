@@ -2,18 +2,20 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from diffusion_trainer.apps.config import dump, read
-from diffusion_trainer.callbacks.redaction import filled
+from diffusion_trainer.callbacks.redaction import filled, redacted
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
 
-# What may differ when a run goes on: how and how long it is computed and watched, not what is computed.
+# What may differ when a run goes on: how and how long it is computed, watched and measured, not what is computed.
 MAY_CHANGE = (
     "resume",
     "name",
@@ -32,6 +34,7 @@ MAY_CHANGE = (
     "guidance",
 )
 ORDER = "order"  # of the samples: the fingerprint of the data
+CHANGES = "config_changes.txt"  # of a run's folder: when, from which checkpoint on, and what
 SWEEP = "sweep.json"  # of a folder that holds the runs of a sweep (apps/sweep_record.py)
 JOB = "job.sbatch"  # the script that apps/submit.py last submitted
 MAY_CHANGE_INSIDE = (
@@ -69,7 +72,7 @@ def held(folder: Path) -> Iterator[int]:
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:
-    """UserError if the folder holds another run, or something that is no run. A change that is allowed is shown."""
+    """UserError if the folder holds another run, or something that is no run. Changes that are allowed are shown."""
     if not folder.exists():
         return
     if not (folder / "config.yaml").is_file():
@@ -87,14 +90,16 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     changes = differences(read(folder / "config.yaml"), config)
     if not changes:
         return
-    shown = "\n".join(f"  {line}" for line in changes[:10]) + ("\n  ..." if len(changes) > 10 else "")
-    if not config["resume"]["allow_config_change"]:
+    of_the_run = [change for change in changes if not change.free]
+    lines = [*map(str, of_the_run), *(f"{c} (this may change)" for c in changes if c.free)]
+    shown = "\n".join(f"  {line}" for line in lines[:10]) + ("\n  ..." if len(lines) > 10 else "")
+    if of_the_run and not config["resume"]["allow_config_change"]:
         raise UserError(
             f"{folder} holds another run; its configuration differs:\n{shown}\n"
             "Give this one another name (name=...), take the changes back to resume that one, or go on with them: "
             "resume.allow_config_change=true"
         )
-    stuck = [c for c in changes if any(fnmatchcase(c.split(":")[0], fixed) for fixed in MUST_STAY)]
+    stuck = [str(c) for c in of_the_run if any(fnmatchcase(c.key, fixed) for fixed in MUST_STAY)]
     if stuck:
         raise UserError(
             "\n  ".join([f"these cannot change in {folder}, whose checkpoints would not fit:", *stuck])
@@ -103,18 +108,38 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     print(f"the configuration of {folder} is another from here on:\n{shown}", flush=True)
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """One line for each value that differs and may not; it is what the environment makes of it that is compared."""
-    if any(fnmatchcase(path, free) for free in (*MAY_CHANGE, *MAY_CHANGE_INSIDE)):
-        return []
+@dataclass(frozen=True)
+class Change:
+    """A value of the configuration that is another. free: it may be, when the run goes on."""
+
+    key: str
+    old: Any
+    new: Any
+    free: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} there, {self.new} here"
+
+
+def differences(old: Any, new: Any, path: str = "", free: bool = False) -> list[Change]:
+    """It is what the environment makes of values that is compared. `resume` says what is to be done about it."""
+    free = free or any(fnmatchcase(path, key) for key in (*MAY_CHANGE, *MAY_CHANGE_INSIDE))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
-    return [] if filled(old) == filled(new) else [f"{path}: {old} there, {new} here"]
+        keys = [key for key in dict.fromkeys([*old, *new]) if path or key != "resume"]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k), free)]
+    return [] if filled(old) == filled(new) else [Change(path, old, new, free)]
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    with whole(folder / "config.yaml") as part:
+    """In place of another one, whose differences are kept in CHANGES."""
+    path = folder / "config.yaml"
+    if path.is_file() and (changes := differences(read(path), config)):
+        newest = folder / "checkpoints" / "latest"
+        since = newest.read_text() if newest.is_file() else "the start"
+        lines = [time.strftime(f"%Y-%m-%d %H:%M:%S, from {since} on:"), *(f"  {change}" for change in changes)]
+        with (folder / CHANGES).open("a") as file:
+            file.write(redacted("".join(f"{line}\n" for line in lines)))
+    with whole(path) as part:
         part.write_text(f"# written by diffusion-trainer train: the resolved configuration\n{dump(config)}")
 
 
@@ -134,10 +159,10 @@ def write_order(folder: Path, fingerprint: str | None) -> None:
         part.write_text(str(fingerprint))
 
 
-def run_id(folder: Path) -> str:
-    """The run's id in Weights & Biases: made once, kept in the folder."""
+def run_id(folder: Path, saved: str | None = None) -> str:
+    """The run's id in Weights & Biases: made once, kept in the folder. saved: what a checkpoint has of it."""
     path = folder / "run_id"
     if not path.is_file():
         with whole(path) as part:
-            part.write_text(os.urandom(6).hex())
+            part.write_text(saved or os.urandom(6).hex())
     return path.read_text().strip()

@@ -52,6 +52,10 @@ class Slurm:
         """The new job's number."""
         return self._run("sbatch", "--parsable", str(script)).strip().split(";")[0]  # <job>;<cluster>
 
+    def cancel(self, job: str) -> None:
+        """It is told to stop, saves, and does not come back."""
+        self._run("scancel", job)
+
     def rehearse(self, script: str) -> str:
         """What `sbatch --test-only` says to the text of a script: when it would start, and where."""
         done = self._start("sbatch", "--test-only", stdin=script)

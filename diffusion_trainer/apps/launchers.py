@@ -26,7 +26,11 @@ class Started(ABC):
 
     @abstractmethod
     def stop(self, number: int) -> None:
-        """Sends it a signal."""
+        """The sweep was sent this signal."""
+
+    @abstractmethod
+    def prune(self) -> bool:
+        """Has it save and end for good; False if it could not be told yet."""
 
 
 class Launcher(ABC):
@@ -59,6 +63,10 @@ class LocalPoint(Started):
 
     def stop(self, number: int) -> None:
         self.process.send_signal(number)
+
+    def prune(self):
+        self.process.send_signal(signal.SIGTERM)
+        return True
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,19 @@ def node_name() -> str:
 
 def meeting(world: World, wait_seconds: float, timeout_seconds: float) -> Agreement:
     """All ranks, talking over gloo; this process alone where it is the only one. Absent says which ranks did not come
-    within `wait_seconds`. timeout_seconds: of each collective.
+    within `wait_seconds` that rank 0 waits for them; they wait for it twice as long, as it may come last.
+    timeout_seconds: of each collective.
     """
     if world.size == 1:
         return Agreement()
-    store = _store(world, wait_seconds)
+    end = time.monotonic() + 2 * wait_seconds
+    store = _store(world, wait_seconds, end)
     names = [f"rank {rank}" for rank in range(world.size)]
     store.set(names[world.rank], node_name())
     try:
         if world.rank == 0:
             _count(store, names, wait_seconds)
-        elif _first(store, [ALL, SOME], time.monotonic() + 2 * wait_seconds) != ALL:  # rank 0 may have come last
+        elif _first(store, [ALL, SOME], end) != ALL:
             raise Absent
     except RuntimeError as error:
         raise Absent(f"rank {world.rank} on {node_name()} has lost rank 0 ({_line(error)})") from error
@@ -73,14 +75,14 @@ def _first(store: Store, keys: Sequence[str], end: float) -> str | None:
         time.sleep(POLL_SECONDS)
 
 
-def _store(world: World, wait_seconds: float) -> Store:
+def _store(world: World, wait_seconds: float, end: float) -> Store:
     """Rank 0's, which waits for nobody: only so can be told who is missing. torchrun's agent has one already."""
     environment = world.environment()
     address, port = environment.main_address, environment.main_port
     hosts = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         if not hosts:
-            _knock(address, port, time.monotonic() + wait_seconds)
+            _knock(address, port, end)
         wait = timedelta(seconds=wait_seconds)
         store = TCPStore(address, port, world.size, hosts, wait, wait_for_workers=False, multi_tenant=True)
     except (OSError, RuntimeError) as error:

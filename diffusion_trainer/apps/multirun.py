@@ -46,8 +46,6 @@ def main(verb: str, show: Show, overrides: Sequence[str], check: Check | None = 
     config = configuration.load("sweep", own, SweepConfig)
     sweeper, launcher = (build(config[name], name) for name in ("sweeper", "runner"))
     course = sweeper.course(launcher.planner(verb, show, check), others)
-    if course.prunes and launcher.lives_on:
-        raise UserError("prune=true stops points that run here, not jobs; leave it out, or hydra/launcher")
     with held(course.home) as lock, grouped(course.home.absolute().name):
         record = Record(course.home, verb, course.study, course.metric, course.direction)
         record.begin(course.known)
@@ -94,7 +92,8 @@ def grouped(name: str) -> Iterator[None]:
 class Live:
     point: Point
     started: Started
-    pruned: bool = False
+    worse: bool = False  # than others
+    pruned: bool = False  # and was told so
 
 
 @dataclass
@@ -171,10 +170,10 @@ class Sweep:
             if code is not None:
                 self.live.remove(live)
                 self._end(live, code)
-            elif not live.pruned and not self.received and self.course.is_worse(live.point):
-                print(f"{live.point.title} is worse than others at the same images; it is stopped", flush=True)
-                live.pruned = True
-                live.started.stop(signal.SIGTERM)
+            elif not live.pruned and not self.received and (live.worse or self.course.is_worse(live.point)):
+                live.worse, live.pruned = True, live.started.prune()
+                if live.pruned:
+                    print(f"{live.point.title} is worse than others at the same images; it is stopped", flush=True)
 
     def _end(self, live: Live, code: int) -> None:
         if self.received and code:

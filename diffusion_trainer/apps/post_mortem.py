@@ -3,7 +3,6 @@
 `python -m diffusion_trainer.apps.post_mortem <folder>` shows it where no parent has seen the processes (SLURM).
 """
 
-import shlex
 import signal
 import sys
 import time
@@ -146,12 +145,12 @@ def screen(
     blame: Blame | None,
     codes: Mapping[int, int],
     world: int,
-    command: Sequence[str] = (),
+    command: str = "",
     attempt: int | None = None,
     code: int = -signal.SIGKILL,
 ) -> str:
-    """One screen. codes: as for `culprit`; command: what started the run, and goes on with it; attempt: the start that
-    ended so, if that is known; code: how that start ended, where no rank can be blamed.
+    """One screen. codes: as for `culprit`; command: of a shell, that started the run and goes on with it; attempt: the
+    start that ended so, if that is known; code: how that start ended, where no rank can be blamed.
     """
     logs = folder / LOGS
     now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -190,9 +189,9 @@ def _last_words(files: RankFiles) -> list[str]:
     return []
 
 
-def _resume(folder: Path, command: Sequence[str]) -> list[str]:
+def _resume(folder: Path, command: str) -> list[str]:
     latest = folder / "checkpoints" / "latest"
-    shown = f":\n  {shlex.join(command)}" if command else ""
+    shown = f":\n  {command}" if command else ""
     if not latest.is_file():
         return [f"There is no checkpoint yet: the same command begins anew{shown}"]
     return [f"The newest checkpoint, {latest.read_text()}, stands: run the same command again to resume from it{shown}"]
@@ -211,17 +210,18 @@ def tell(folder: Path, text: str, file: TextIO) -> None:
 
 def main() -> None:
     """Nothing if no rank has left a file: the run did not fail. How many ranks there were is in what they have left.
-    A job script may give the exit code of the run as well.
+    A job script may give the exit code of the run as well, and the command that goes on with it.
     """
-    folder = Path(sys.argv[1])
+    folder, given = Path(sys.argv[1]), sys.argv[2:]
     logs = folder / LOGS
     ranks = {_rank_of(path) for path in _left(logs)}
     states = [state for rank in ranks if (state := state_of(RankFiles(logs, rank)))]
     world = max([1, *(state.world for state in states), *(rank + 1 for rank in ranks)])
     attempt = max((state.attempt for state in states if state.attempt is not None), default=None)
     if ranks:
-        code = int(sys.argv[2]) if sys.argv[2:] else -signal.SIGKILL
-        text = screen(folder, culprit(logs, {}, world), {}, world, attempt=attempt, code=code)
+        code = int(given[0]) if given else -signal.SIGKILL
+        again = given[1] if given[1:] else ""
+        text = screen(folder, culprit(logs, {}, world), {}, world, again, attempt, code)
         tell(folder, text, sys.stdout)
 
 

@@ -6,6 +6,7 @@ torchrun would set, all from the one resolved configuration, and none outlives t
 
 import ctypes
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -198,7 +199,7 @@ def _report(
         print(RankFiles(logs, rank, attempt).log.read_text(errors="replace").strip(), file=sys.stderr)
     if code in (2, *STOPPED):
         return code
-    command = ["diffusion-trainer", *sys.argv[1:]]
+    command = shlex.join(["diffusion-trainer", *sys.argv[1:]])
     text = post_mortem.screen(logs.parent, blame, failed, len(ranks), command, attempt)
     post_mortem.tell(logs.parent, text, sys.stderr)
     return 1 if code < 0 else code

@@ -82,6 +82,13 @@ class QueuedPoint(Started):
     def stop(self, number: int) -> None:
         """Nothing: a job goes on."""
 
+    def prune(self) -> bool:
+        try:
+            self.launcher.slurm.cancel(self.job)
+        except UserError:
+            return False  # the controller does not answer now
+        return True
+
 
 def code_of(state: str, text: str) -> int:
     """As a shell would say it. text: SLURM's ExitCode, <code>:<signal>."""

@@ -25,7 +25,7 @@ from diffusion_trainer.callbacks.attempts import Start, printing
 from diffusion_trainer.callbacks.damage import CountDamage
 from diffusion_trainer.callbacks.observing import Observing
 from diffusion_trainer.callbacks.redaction import redacted
-from diffusion_trainer.callbacks.run import Run, in_turn
+from diffusion_trainer.callbacks.run import Run, RunCallback, in_turn
 from diffusion_trainer.callbacks.scaling import Scaling
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.loader import Layout
@@ -76,6 +76,9 @@ def _train(config: Mapping[str, Any], folder: Path, world: World, start: Start) 
         return data.loader(layout, progress.seed, progress.lanes, first, last)
 
     trainer.fit(module, datamodule=_Data(loader))
+    for callback in callbacks:
+        if isinstance(callback, RunCallback):
+            callback.close()
     return begin.exit_code()
 
 
@@ -94,15 +97,12 @@ def module_of(config: Mapping[str, Any], folder: Path, progress: Progress, devic
     return DiffusionModule(model, parts.objective, optimizer, ema, progress, config["condition_dropout"])
 
 
-def loggers_of(config: Mapping[str, Any], folder: Path, rank: int, started_at: int) -> list:
-    if rank:
-        return []
+def loggers_of(config: Mapping[str, Any], folder: Path, run_id: str, started_at: int) -> list:
     choices = [
         build(node, f"logger.{name}", config["allowed_targets"])
         for name, node in config["logger"].items()
         if node is not None
     ]
-    run_id = folders.run_id(folder)
     return [choice.build(folder, config["name"], run_id, config, started_at) for choice in choices]
 
 
@@ -147,7 +147,10 @@ class _Begin(Callback):
             Rollbacks(self.folder).forget_after(self.started_at)
         self.left_out = left_out(self.folder, self.started_at, self.agreement)
         resume_counters(trainer, self.started_at // module.progress.batch_size)
-        trainer.loggers = loggers_of(self.config, self.folder, self.agreement.rank, self.started_at)
+        if first:
+            saved = self.checkpoint.manifest["state"]["run_id"] if self.checkpoint else None
+            run_id = folders.run_id(self.folder, saved)
+            trainer.loggers = loggers_of(self.config, self.folder, run_id, self.started_at)
 
     def on_fit_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Where no step is left Lightning leaves out its loop, and with it the hooks where callbacks begin and end."""

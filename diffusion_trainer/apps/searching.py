@@ -85,7 +85,7 @@ class Searching(Course):
 
     def __init__(self, search: Search, planner: Planner, space: Sequence[str | Axis], ends: Sequence[Point]):
         self.search, self.planner, self.space = search, planner, space
-        self.home, self.count, self.prunes = home_of(ends), search.trials, search.prune
+        self.home, self.count = home_of(ends), search.trials
         self.metric, self.direction = search.metric, search.direction
         what = [part for part in space if isinstance(part, Axis) or first(part) not in planner.beside]
         said = json.dumps([planner.verb, str(what), search.metric, search.direction])

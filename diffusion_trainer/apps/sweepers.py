@@ -22,8 +22,6 @@ class Course(ABC):
     metric: str | None = None
     direction: str | None = None
 
-    prunes = False  # whether is_worse may ever say yes
-
     @abstractmethod
     def points(self) -> Iterator[Point]:
         """Each when it is its turn; some are done already."""

@@ -40,7 +40,7 @@ class Checkpointing(RunCallback):
         run.save_seconds = run.state.get(SAVE_SECONDS)
         self._saved_at: int | None = run.images_seen  # the run begins with what is on the disk, or with no step
         self._saving_at = self._saved_at  # what is being written now
-        self._reserved = self._interrupted = False
+        self._reserved = self._interrupted = self._over = False
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
         self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep, reach=run.reach_images)
         run.save, run.settle = self.save, self.settle
@@ -51,7 +51,8 @@ class Checkpointing(RunCallback):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._interrupted |= number == signal.SIGINT
-        self.run.stop_signal = number
+        if not self._over:  # else all is saved, and only the loggers have something to write
+            self.run.stop_signal = number
 
     def ask(self) -> tuple[float, float]:
         return float(self.run.told_to_stop()), float(self._saver.failed)
@@ -116,12 +117,15 @@ class Checkpointing(RunCallback):
         run = self.run
         done = run.images_seen >= run.module.progress.num_images and run.stop_signal is None and not run.rolled_back
         self.save() if done else self.settle()  # what could not be written perhaps can, now
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._over = True
         if done and self._saved_at != run.images_seen:
             raise PassingError(
                 "the last checkpoint could not be written (see above). Make room, and run the same command again: "
                 "it goes on from the one before"
             )
-        if self.run.first and self.run.stop_signal is None and not self.run.rolled_back:
-            (self.run.folder / STOP).unlink(missing_ok=True)  # made too late to be seen, and the run is done
+        if run.first and run.stop_signal is None and not run.rolled_back:
+            (run.folder / STOP).unlink(missing_ok=True)  # made too late to be seen, and the run is done
+
+    def close(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """Where metrics go: a CSV file that survives restarts, and Weights & Biases."""
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ class Csv(LoggerChoice):
 class Wandb(LoggerChoice):
     """Weights & Biases: one run and one curve over images seen, however often it is restarted (see WandbCurve).
 
-    mode null: WANDB_MODE if that is set, else online for a user who is logged in and offline otherwise (send offline
-    runs later with `wandb sync`). Timeouts: what training may wait for it at the start, then offline; and at the end.
+    mode null: WANDB_MODE if that is set, else online for a user who is logged in and offline otherwise (`wandb-sync`
+    sends it later). Timeouts: what training may wait for it at the start, then offline; and at the end.
     """
 
     project: str
@@ -62,6 +63,20 @@ class Wandb(LoggerChoice):
         return WandbCurve(
             folder, self.resolved_mode(), begin, started_at, self.init_timeout_seconds, self.finish_timeout_seconds
         )
+
+    def send(self, folder: Path, name: str, run_id: str, config: Mapping) -> int:
+        """Tells the server all that it lacks of a run that is not running; the number of rows. UserError without it."""
+        import wandb
+
+        from diffusion_trainer.callbacks.wandb_session import ONLINE, Session
+
+        try:
+            session = Session(folder, ONLINE, partial(self._begin, folder, name, run_id, dict(config)))
+            rows = session.catch_up(sys.maxsize)
+            session.run.finish()
+        except wandb.Error as error:
+            raise UserError(f"{folder} was not sent to {server()}: {error}") from error
+        return rows
 
     def _begin(self, folder: Path, name: str, run_id: str, config: dict, mode: str) -> Any:
         import wandb

@@ -156,6 +156,9 @@ class RunCallback(Callback):
         such a callback must be before SAVE, or the checkpoint lacks what the step has added.
         """
 
+    def close(self) -> None:
+        """Once, at the end of a run that did not fail, when the loggers have written what they had to."""
+
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         self.start()
 

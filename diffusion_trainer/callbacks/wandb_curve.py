@@ -12,19 +12,18 @@ from typing import Any
 import wandb
 from PIL.Image import Image
 
-from diffusion_trainer.callbacks.csv_logger import read_rows
 from diffusion_trainer.callbacks.run_logger import RunLogger
-from diffusion_trainer.callbacks.wandb_files import Point, points
+from diffusion_trainer.callbacks.wandb_session import OFFLINE, Session
 
 WAITING = 10_000  # entries at most that wait for a service that has stopped to listen
 FAILED_SECONDS = 5  # for the end of a run that failed
 KILLED_SECONDS = 5  # until a thread has seen that its service is dead
-Entry = Callable[[Any], None]  # of a wandb.Run
+Entry = Callable[[Session], Any]
 
 
 class WandbCurve(RunLogger):
     """One run and one curve over images seen, however often the training is restarted, and each point of it once: what
-    the records in the folder have is not sent again, what they lack is made up for from metrics.csv.
+    the server has (offline: the records in the folder) is not told again, what it lacks is made up for from the folder.
 
     A session that fails (no network, a wrong key, its service is killed) is followed by one offline, and that by none.
     Training waits for the start, at most `init_timeout_seconds` and some, and for the end, at most
@@ -44,7 +43,6 @@ class WandbCurve(RunLogger):
         self.folder, self.mode, self._begin, self._reached = folder, mode, begin, started_at
         self.finish_timeout_seconds = finish_timeout_seconds
         self._entries: Queue[Entry | None] = Queue(WAITING)
-        self._known: set[Point] = set()
         self._begun, self._abandoned, self._told_full, self._exit_code = Event(), False, False, 0
         self._thread = Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -56,13 +54,13 @@ class WandbCurve(RunLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row, self._reached = {"images_seen": step, **metrics}, max(self._reached, step)
-        self._put(lambda run: self._log(run, row))
+        self._put(lambda session: session.log(row))
 
     def log_picture(self, name: str, picture: Image, images_seen: int) -> None:
-        self._put(lambda run: self._log(run, {"images_seen": images_seen, name: wandb.Image(picture)}))
+        self._put(lambda session: session.log({"images_seen": images_seen, name: picture}))
 
     def alert(self, title: str, text: str) -> None:
-        self._put(lambda run: run.alert(title=title, text=text, level="WARN"))
+        self._put(lambda session: session.run.alert(title=title, text=text, level="WARN"))
 
     def finalize(self, status: str) -> None:
         """Ends the run. A service that does not come to its end is killed, for it would hold up that of the process."""
@@ -91,14 +89,11 @@ class WandbCurve(RunLogger):
 
     @property
     def _later(self) -> str:
-        return (
-            f"Training goes on, and metrics.csv has all; `wandb sync {self.folder}/wandb/*run-*` sends what is there, "
-            "the next start of the run adds what is missing"
-        )
+        return f"Training goes on, and metrics.csv has all; {sending(self.folder)} sends later what is missing"
 
     def _work(self) -> None:
         unsent: list[Entry | None] = []
-        for attempt, mode in enumerate((self.mode, "offline")):
+        for attempt, mode in enumerate((self.mode, OFFLINE)):
             try:
                 self._session(mode, unsent)
                 return
@@ -113,39 +108,25 @@ class WandbCurve(RunLogger):
 
     def _session(self, mode: str, unsent: list[Entry | None]) -> None:
         """unsent: the entry that the session before has failed in."""
-        self._known = points(self.folder)
-        run = self._begin(mode)
+        session = Session(self.folder, mode, self._begin)
         self._begun.set()
-        for row in self._missed():
-            self._log(run, row)
+        session.catch_up(self._reached)  # images seen when it began: all later is told by itself
         while True:
             if not unsent:
                 unsent.append(self._entries.get())
             if unsent[0] is None:
                 break
-            unsent[0](run)
+            unsent[0](session)
             unsent.clear()
-        run.finish(exit_code=self._exit_code)
+        session.run.finish(exit_code=self._exit_code)
         with suppress(SystemExit):  # wandb's, if its service does not end as it should: all has been said
             wandb.teardown()
+        if mode == OFFLINE:
+            print(f"  Weights & Biases was offline: {sending(self.folder)} sends the run", flush=True)
 
-    def _missed(self) -> list[dict]:
-        """Rows of metrics.csv until now: beyond are those of lost steps, which are yet to come again."""
-        reached = self._reached  # before the file is read: what is logged meanwhile is told by itself
-        path = self.folder / "metrics.csv"
-        rows = read_rows(path) if path.is_file() else []
-        return [
-            {key: (int if key == "images_seen" else float)(value) for key, value in row.items() if value}
-            for row in rows
-            if int(row["images_seen"]) <= reached
-        ]
 
-    def _log(self, run: Any, row: Mapping[str, Any]) -> None:
-        at = row["images_seen"]
-        new = {k: v for k, v in row.items() if k != "images_seen" and (at, k) not in self._known}
-        if new:
-            run.log({"images_seen": at, **new})
-            self._known |= {(at, k) for k in new}
+def sending(folder: Path) -> str:
+    return f"`diffusion-trainer wandb-sync run={folder}`"
 
 
 def _say(text: str) -> None:

@@ -2,25 +2,66 @@
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from wandb.proto.wandb_internal_pb2 import Record
 
-BLOCK, HEAD = 32768, 7  # of LevelDB's log format: records in blocks; CRC-32C, length, type before each part
+BLOCK, HEAD = 32768, 7  # of LevelDB's log format: records in blocks; checksum, length, type before each part
 WHOLE, LAST = 1, 4  # types of a part that ends a record
 Point = tuple[int, str]  # images seen, the metric's name
 
 
+def records(folder: Path) -> list[Path]:
+    """One of each session of the run in `folder`, in the order of their starts."""
+    return sorted((folder / "wandb").glob("*run-*/run-*.wandb"), key=lambda path: path.parent.name.split("run-", 1)[1])
+
+
 def points(folder: Path) -> set[Point]:
-    """Of all processes of the run in `folder`."""
-    found = set()
-    for path in sorted((folder / "wandb").glob("*run-*/run-*.wandb")):
+    """Of all sessions, whether sent or not."""
+    return {point for path in records(folder) for row in history(path) for point in points_of(row)}
+
+
+def received(folder: Path, next_step: int) -> set[Point]:
+    """What the server has of them, if it counts the next row that it gets as its row `next_step`.
+
+    Only a session that has talked to the server has a number to start at (also `wandb sync` of one that was offline
+    gives it one). What the server had not got by the start of a session, it has never got.
+    """
+    rows: dict[int, dict] = {}
+    for start, path in sorted(_starts(folder), key=lambda item: (item[0], _asked(item[1]).stat().st_mtime)):
+        rows = {at: row for at, row in rows.items() if at < start} | dict(enumerate(history(path), start))
+    return {point for at, row in rows.items() if at < next_step for point in points_of(row)}
+
+
+def _starts(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in records(folder):
+        with suppress(FileNotFoundError, ValueError):  # it has not asked, or was killed while it wrote down the answer
+            yield json.loads(_asked(path).read_text()).get("starting_step", 0), path
+
+
+def _asked(path: Path) -> Path:
+    """Where wandb-core keeps what it was told by the server at the start of the session."""
+    return path.with_name(f"{path.name}.syncstate")
+
+
+def pictures(folder: Path) -> Iterator[tuple[int, str, Path]]:
+    """Images seen, name and file of each picture that is still there, of all sessions."""
+    for path in records(folder):
         for row in history(path):
-            found |= set(points_of(row))
-    return found
+            for at, name in points_of(row):
+                value = row[name]
+                if isinstance(value, dict) and (file := path.parent / "files" / str(value.get("path"))).is_file():
+                    yield at, name, file
+
+
+def leave_out(paths: Iterable[Path]) -> None:
+    """So that `wandb sync` does not send them: another session has sent, or will send, what is in them."""
+    for path in paths:
+        path.with_name(f"{path.name}.synced").touch()
 
 
 def points_of(row: Mapping[str, Any]) -> Iterator[Point]:
@@ -33,7 +74,14 @@ def history(path: Path) -> Iterator[dict]:
     """The rows of a .wandb file, as far as it goes: a process that was killed leaves a torn end."""
     for record in _records(path.read_bytes()):
         if record.WhichOneof("record_type") == "history":
-            yield {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                name, *inner = item.nested_key or [item.key]
+                if inner:  # of a picture: its path, its size
+                    row.setdefault(name, {})["/".join(inner)] = json.loads(item.value_json)
+                else:
+                    row[name] = json.loads(item.value_json)
+            yield row
 
 
 def _records(data: bytes) -> Iterator[Record]:

@@ -12,6 +12,7 @@ else
   env > environment; echo "$@" > submitted; echo "4711;here"
 fi""",
     "squeue": "cat queue",
+    "scancel": 'echo "$@" > cancelled',
     "sinfo": 'printf "main|1-00:00:00|2\\ndebug|30:00|1\\n"',
     "scontrol": "cat job 2> /dev/null || { cat complaint >&2; exit 1; }",
 }

@@ -1,5 +1,6 @@
 """A run goes on with another configuration only when that is asked for, and never with one that does not fit."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,51 @@ def test_a_change_is_refused_unless_it_is_allowed_and_shown_either_way(shards, c
     assert ALLOWED in message
     preflight(shards, *change, ALLOWED)
     assert f"the configuration of {RUN} is another from here on:\n{shown}" in capsys.readouterr().out
+
+
+# Of the trajectory: refused. All other keys of conf/train.yaml may change.
+TRAJECTORY = {
+    "seed", "precision", "batch_size", "lanes", "condition_dropout", "init_from", "data", "network", "conditioning",
+    "schedule", "prediction", "weighting", "timesteps", "objective", "second_head", "optimizer", "ema",
+}  # fmt: skip
+
+
+def test_what_may_change_is_this_and_nothing_else(shards):
+    assert set(load("train", shards, TrainConfig)) - set(folders.MAY_CHANGE) == TRAJECTORY
+    assert folders.MAY_CHANGE_INSIDE == (
+        "network.checkpoint_blocks", "data.sources.*.shards", "data.num_workers", "data.prefetch", "data.shards",
+        "data.store", "data.damage_budget",
+    )  # fmt: skip
+    assert folders.MUST_STAY == ("batch_size", "optimizer._target_", "ema._target_", "ema.profiles*")
+
+
+MAY = ["sampler.num_steps=7", "callbacks.evaluate.every_n_images=9", "data.num_workers=3", "num_images=96"]
+SAID = [
+    "num_images: 64 there, 96 here", "callbacks.evaluate.every_n_images: 51200 there, 9 here",
+    "sampler.num_steps: 25 there, 7 here", "data.num_workers: 0 there, 3 here",
+]  # fmt: skip
+
+
+def test_what_may_change_is_told(shards, capsys):
+    preflight(shards, *MAY)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == f"the configuration of {RUN} is another from here on:"
+    assert sorted(lines) == sorted(f"  {line} (this may change)" for line in SAID)
+
+
+def test_a_refusal_shows_what_is_refused_first(shards):
+    first, *others = refused(shards, *MAY, "optimizer.lr=0.5").splitlines()[1:6]
+    assert first == "  optimizer.lr: 0.002 there, 0.5 here"
+    assert sorted(others) == sorted(f"  {line} (this may change)" for line in SAID)
+
+
+def test_all_changes_are_kept_in_the_folder_with_where_they_begin(shards):
+    config = config_of(shards, "num_images=64", *MAY, "optimizer.lr=0.5", ALLOWED)
+    for _ in range(2):
+        folders.write_config(RUN, config)
+    head, *lines = (RUN / "config_changes.txt").read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d, from images-000000000032 on:", head)
+    assert sorted(lines) == sorted(f"  {line}" for line in [*SAID, "optimizer.lr: 0.002 there, 0.5 here"])
 
 
 def test_the_permission_is_no_change_itself(shards, capsys):

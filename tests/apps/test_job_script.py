@@ -1,5 +1,6 @@
 """A job's script is launch/train.sbatch, and bash reads in it just what submit was told."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -107,11 +108,15 @@ def test_python_runs_inside_the_container(overrides, words):
     assert read_by_bash(script(config(*overrides)), r'printf "%s\n" "${python[@]}"').splitlines() == words
 
 
-def test_the_doctor_comes_first_if_he_is_asked_for():
+def test_the_doctor_comes_first_unless_he_is_not_wanted():
     show = 'echo "${doctor:-nobody}"'
-    assert read_by_bash(script(config()), show) == "nobody\n"
-    asked = script(config("doctor=true", "signal_lead_seconds=300"))
-    assert read_by_bash(asked, show) == "doctor.signal_lead_seconds=300\n"
+    assert read_by_bash(script(config("signal_lead_seconds=300")), show) == "doctor.signal_lead_seconds=300\n"
+    assert read_by_bash(script(config("doctor=false")), show) == "nobody\n"
+
+
+def test_the_plain_script_tells_the_doctor_the_lead_that_its_header_has():
+    (lead,) = re.findall(r"^#SBATCH --signal=TERM@(\d+)$", TEMPLATE.read_text(), re.MULTILINE)
+    assert f"doctor=${{DOCTOR-doctor.signal_lead_seconds={lead}}}\n" in TEMPLATE.read_text()
 
 
 def test_logs_and_counters_are_in_the_runs_folder():

@@ -93,7 +93,7 @@ def test_one_screen_has_what_a_person_asks_first(tmp_path, logs):
         log.write_text("much\n" * 1000)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("images-000000000320")
-    blame, command = Blame(1, "failed with exit code 1"), ["diffusion-trainer", "train", "data.shards=a b"]
+    blame, command = Blame(1, "failed with exit code 1"), "diffusion-trainer train 'data.shards=a b'"
     text = screen(tmp_path, blame, {1: 1}, 3, command, attempt=2)
     lines = text.splitlines()
     assert len(lines) < 30
@@ -291,6 +291,14 @@ def test_a_job_that_was_told_to_stop_while_it_started_was_not_killed(tmp_path, l
     monkeypatch.setattr(sys, "argv", ["post_mortem", str(tmp_path), "143"])
     post_mortem.main()
     assert ": no rank has left a word; it was told to stop by SIGTERM.\n" in capsys.readouterr().out
+
+
+def test_a_job_script_may_say_how_its_job_goes_on(tmp_path, logs, monkeypatch, capsys):
+    RankFiles(logs, 0).state.write_text(state(0).json())
+    again = "cd '/my runs' && diffusion-trainer submit nodes=2 'data.shards=a b'"
+    monkeypatch.setattr(sys, "argv", ["post_mortem", str(tmp_path), "137", again])
+    post_mortem.main()
+    assert capsys.readouterr().out.endswith(f": the same command begins anew:\n  {again}\n")
 
 
 def test_what_is_told_has_no_secrets(tmp_path, logs, monkeypatch, capsys):

@@ -44,6 +44,15 @@ def test_a_job_that_has_left_the_queue_has_ended_as_its_state_says(slurm, state,
     assert QueuedPoint(OnSlurm(), sweeping.point("a"), "7").code() == code
 
 
+def test_a_job_that_is_worse_than_others_is_cancelled_once_the_controller_answers(slurm):
+    job = QueuedPoint(OnSlurm(), sweeping.point("a"), "7")
+    busy(slurm, "scancel")
+    assert not job.prune()
+    assert Commands(slurm.folder).read("cancelled") is None
+    assert job.prune()
+    assert slurm.read("cancelled") == "7\n"
+
+
 def test_a_queue_that_does_not_answer_is_no_failure_of_a_point(slurm, capsys):
     """Its job may be running: the same command finds it again."""
     a = sweeping.point("a")

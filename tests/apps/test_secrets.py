@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from canaries import SECRETS, arguments, leaking
 from conftest import ROOT, command, finish
 
 from diffusion_trainer.apps import cli as console
@@ -11,53 +12,11 @@ from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import rank, submit
 from diffusion_trainer.conventions import UserError
 
-SECRETS = {
-    "WANDB_API_KEY": "0canary1" * 5,  # forty letters and digits, as it must be
-    "HF_TOKEN": "hf_canary2",
-    "AWS_SECRET_ACCESS_KEY": "canary3/of+an=account",
-    "STORE_PASSWORD": "canary4-long",
-    "SHARDS_SIGNATURE_KEY": "canary5000",
-}
-CANARIES = [f"canary{n}".encode() for n in range(1, 6)]
-
 
 @pytest.fixture
 def secrets(monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-
-
-def arguments(folder: Path) -> list[str]:
-    """A shard that comes out of a command with a URL in it, if that has the true password and signature."""
-    shards = tiny.overrides(folder / "shards")
-    tar = folder / "shards" / "tiny" / "train-000000.tar"
-    url = "https://user:{}@host/x?X-Amz-Signature={}"
-    ours = url.format("${oc.env:STORE_PASSWORD}", "${oc.env:SHARDS_SIGNATURE_KEY}")
-    truth = url.format("$STORE_PASSWORD", "$SHARDS_SIGNATURE_KEY")
-    store = (
-        "{_target_: diffusion_trainer.streaming.cached.CachedStore, cache_bytes: 100000000, allow_pipe: true, "
-        f"cache: '{folder}/cache', storage_options: {{headers: {{Authorization: 'Bearer ${{oc.env:HF_TOKEN}}'}}, "
-        "secret: '${oc.env:AWS_SECRET_ACCESS_KEY}'}}"
-    )
-    names = ",".join(SECRETS)
-    return [
-        *(o for o in shards if not o.startswith(("data.shards=", "logger="))), *tiny.NETWORK,
-        configuration.assignment("data.shards", f"pipe:test '{ours}' = \"{truth}\" && cat {tar}"),
-        f"+data.store={store}", "strategy=single", "trainer.accelerator=cpu", "network.attention_levels=[]",
-        "callbacks.evaluate=null", "num_images=96", "callbacks.log.every_n_images=32", "allowed_targets=[leaks]",
-        "callbacks.checkpoint.every_n_images=32",
-        f"+callbacks.leak={{_target_: leaks.Leak, variables: [{names}], at: 64}}",
-    ]  # fmt: skip
-
-
-def leaking(folder: Path) -> dict[str, list[bytes]]:
-    """The files with a canary in them, or in their names."""
-    found = {}
-    for path in (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
-        data = path.read_bytes() + str(path).encode()
-        if hits := [canary for canary in CANARIES if canary in data]:
-            found[str(path.relative_to(folder))] = hits
-    return found
 
 
 def run(folder: Path, *more: str, **env: str) -> tuple[int, str]:
@@ -69,7 +28,7 @@ def run(folder: Path, *more: str, **env: str) -> tuple[int, str]:
 def test_no_file_of_a_run_that_breaks_has_a_secret(secrets, tmp_path, monkeypatch):
     """A sweep, whose points have parents of their own, and a run that torchrun has started."""
     (tmp_path / "tmp").mkdir()
-    given = arguments(tmp_path)
+    given = arguments(tmp_path, "single")
     code, swept = run(tmp_path, "train", "-m", *given, "name=swept", "seed=choice(0)")
     assert code == 1, swept
     ranked = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}

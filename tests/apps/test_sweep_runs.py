@@ -4,13 +4,12 @@ import csv
 import json
 import os
 import signal
-import struct
 import time
 from pathlib import Path
 
 import pytest
 from conftest import SMALL, command, finish
-from wandb.proto import wandb_internal_pb2
+from wandb_groups import group_of
 
 pytestmark = pytest.mark.slow
 TRAIN = ["train", "-m", "experiment=digits", *SMALL, "strategy=single", "num_images=320",
@@ -84,30 +83,17 @@ def states(folder: Path) -> list[str]:
     return [entry["state"] for entry in json.loads((folder / "sweep.json").read_text())["points"]]
 
 
-def group_of(path: Path) -> str:
-    """Of the run that an offline file of Weights & Biases records: LevelDB's log format, the first records."""
-    data, position = path.read_bytes(), 7
-    while True:
-        _, length, _ = struct.unpack("<IHB", data[position : position + 7])
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data[position + 7 : position + 7 + length])
-        if record.WhichOneof("record_type") == "run":
-            return record.run.run_group
-        position += 7 + length
-
-
 @pytest.mark.timeout(1800)
 def test_a_search_stops_what_is_worse_and_the_same_command_has_nothing_left_to_do(workplace, cli):
-    """Learning rates too small to learn anything, after ones that do: the latter are stopped by the pruner."""
-    arguments = [*TRAIN, "sweeper=random", "prune=true", "sweeper.prune_startup_trials=1", "trials=4",
-                 "optimizer.lr=tag(log,interval(1e-9,0.02))", "optimizer.lr_schedule.warmup_images=0"]  # fmt: skip
+    """Guided by 100 all pixels are black or white. Each point has two processes."""
+    arguments = [*TRAIN, "strategy=zero2", "sweeper=random", "sweeper.seed=14", "trials=3", "guidance.scale=1,2,100",
+                 "prune=true", "sweeper.prune_startup_trials=1", "callbacks.evaluate.at_start=false"]  # fmt: skip
     code, output = cli(*arguments, "name=searched")
     assert code == 0, output
     found = rows(workplace / "runs" / "searched")
-    states = [row["state"] for row in found]
-    assert len(found) == 4
-    assert set(states) <= {"done", "pruned"}
-    assert states.count("pruned") == output.count("is worse than others at the same images; it is stopped")
+    assert [row["guidance.scale"] for row in found] == ["1", "2", "100"]
+    assert [row["state"] for row in found] == ["done", "done", "pruned"]
+    assert output.count("is worse than others at the same images; it is stopped") == 1
     done = [float(row["fid"]) for row in found if row["state"] == "done"]
     assert f"best fid: {min(done):.4g}" in output
     code, output = cli(*arguments, "name=searched")

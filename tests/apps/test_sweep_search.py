@@ -72,6 +72,9 @@ class AtOnce(Launcher, Started):
     def stop(self, number: int) -> None:
         return None
 
+    def prune(self) -> bool:
+        return True
+
 
 def searched(search: Search, launcher: Launcher, space=SPACE):
     course = search.course(Planner("evaluate", show), space)
@@ -198,7 +201,8 @@ class Slow(AtOnce):
 
     def start(self, verb, point, job, held) -> Started:
         self.asked.append(point.swept)
-        self.level, self.history, self.report, self.stopped = self.levels.pop(0), [], point.place.report, None
+        self.level, self.history, self.report = self.levels.pop(0), [], point.place.report
+        self.stopped = self.asked_to_end = 0
         self.report.parent.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -209,8 +213,11 @@ class Slow(AtOnce):
         self.report.write_text(json.dumps({"metrics": {"fid": self.level}, "history": self.history}))
         return 0 if len(self.history) == 5 else None
 
-    def stop(self, number: int) -> None:
-        self.stopped = number
+    def prune(self) -> bool:
+        """SLURM's controller does not answer the first time."""
+        self.asked_to_end += 1
+        self.stopped = 15 * (self.asked_to_end == 2)
+        return bool(self.stopped)
 
 
 def show_train(overrides) -> str:
@@ -220,8 +227,9 @@ def show_train(overrides) -> str:
     return yaml.safe_dump(config | measured | {"name": "x", "folder": folder or "runs/x", "checkpoint": None})
 
 
-@pytest.mark.parametrize(("warmup", "looks"), [(0, 1), (25, 3)])
-def test_a_trial_that_is_worse_than_the_median_is_stopped_and_told(warmup, looks):
+@pytest.mark.parametrize(("warmup", "looks"), [(0, 2), (25, 4)])
+def test_a_trial_that_is_worse_than_the_median_is_stopped_and_told(warmup, looks, capsys):
+    """Told at the second attempt, a look later."""
     search = Random(5, "fid", prune=True, prune_startup_trials=2, prune_warmup_images=warmup)
     course = search.course(Planner("train", show_train), space_without_seven())
     launcher = Slow([1.0, 2.0, 9.0, 1.5, 0.5])
@@ -232,6 +240,7 @@ def test_a_trial_that_is_worse_than_the_median_is_stopped_and_told(warmup, looks
     assert [entry.state for entry in sweep.record.entries] == ["done", "done", "pruned", "done", "done"]
     assert [len(trial.intermediate_values) for trial in trials] == [5, 5, looks, 5, 5]
     assert "best fid: 0.5" in table(sweep.record)
+    assert capsys.readouterr().out.count("it is stopped") == 1
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------

@@ -152,9 +152,7 @@ FINE = nullcontext()
 LACKING = pytest.raises(PassingError, match="the last checkpoint could not be written")
 
 
-@pytest.mark.parametrize(
-    ("failing", "times", "end"), [(64, 9, FINE), (96, 1, FINE), (96, 9, LACKING)]
-)
+@pytest.mark.parametrize(("failing", "times", "end"), [(64, 9, FINE), (96, 1, FINE), (96, 9, LACKING)])
 def test_one_that_cannot_be_written_is_told_at_the_next_step_and_training_goes_on(
     run, tmp_path, monkeypatch, capsys, failing, times, end
 ):
@@ -239,6 +237,23 @@ def test_a_stop_waits_until_its_checkpoint_is_there(run, tmp_path, monkeypatch, 
     assert names(tmp_path / "run") == [*named(64), "latest"]
     assert not [thread for thread in threading.enumerate() if thread.name in ("checkpoint", "watchdog")]
     assert [signal.getsignal(s) for s in STOP_SIGNALS] == handlers
+
+
+class WhileLoggersWrite(RunCallback):
+    """Signals this process once the training has ended, before Lightning closes the loggers."""
+
+    def teardown(self, trainer, module, stage):
+        self.handled = signal.getsignal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_after_all_is_saved_lets_the_loggers_write_what_they_have(run, monkeypatch):
+    """The next start would find the run done, and never make up for what they lack."""
+    late, handler = WhileLoggersWrite(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: late)
+    assert run(64) == 0
+    assert late.handled not in (handler, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_ctrl_c_after_another_stop_leaves_the_save_its_time(run, tmp_path, monkeypatch):

@@ -1,13 +1,24 @@
-"""A service that dies in the middle of a farewell; real ones are in tests/apps/test_wandb_faults.py."""
+"""Sessions that fail or never begin, and what of one the next one tells; tests/apps/test_wandb_*.py have real runs."""
+
+from queue import Full, Queue
+from threading import Event, Thread
 
 import pytest
+import wandb
+from PIL.Image import new
+from wandb_server import serving
 
 from diffusion_trainer.callbacks import wandb_curve
+from diffusion_trainer.callbacks.loggers import Wandb
 from diffusion_trainer.callbacks.wandb_curve import WandbCurve
+from diffusion_trainer.callbacks.wandb_files import points
+from diffusion_trainer.callbacks.wandb_session import OFFLINE, Session
 
 
 class Recorder:
     """Stands for a wandb.Run."""
+
+    starting_step = 0
 
     def __init__(self):
         self.rows, self.ended = [], None
@@ -60,3 +71,67 @@ def test_when_both_sessions_have_failed_nothing_is_kept_for_them(curve, capsys):
     logger.finalize("success")
     assert logger._entries.empty()
     assert capsys.readouterr().out.count("WARNING") == 2
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list:
+    """How long the main thread would wait, each time; it does not."""
+    waits = []
+
+    class Begun(Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+
+    class Worker(Thread):
+        def join(self, timeout=None):
+            waits.append(timeout)
+
+    class Entries(Queue):
+        def put(self, item, block=True, timeout=None):
+            if block and self.full():
+                waits.append(timeout)
+                raise Full
+            super().put(item, block, timeout)
+
+    for name, watched in (("Event", Begun), ("Thread", Worker), ("Queue", Entries)):
+        monkeypatch.setattr(wandb_curve, name, watched)
+    monkeypatch.setattr(wandb_curve, "_kill_services", lambda: None)
+    return waits
+
+
+@pytest.mark.parametrize(("status", "seconds"), [("success", 60), ("failed", wandb_curve.FAILED_SECONDS)])
+def test_training_waits_at_the_start_and_at_the_end_and_never_between(tmp_path, waits, status, seconds):
+    """For a session that never begins, with more to tell than is kept for it."""
+    never = Event()
+    logger = WandbCurve(tmp_path, "online", lambda mode: never.wait() and 1 / 0, 0, 30, 60)
+    assert waits == [30 + wandb_curve.KILLED_SECONDS]
+    for i in range(wandb_curve.WAITING + 10):
+        logger.log_metrics({"loss": 1.0}, step=16 * i)
+    logger.log_picture("samples", new("L", (8, 8)), 16)
+    logger.alert("title", "text")
+    assert len(waits) == 1
+    logger.finalize(status)
+    assert waits[1:] == [seconds, wandb_curve.KILLED_SECONDS]
+    never.set()
+
+
+def test_pictures_and_numbers_that_were_told_offline_are_sent_once(tmp_path, monkeypatch):
+    choice = Wandb("project")
+    with serving() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        wandb.teardown()  # whatever this process has asked before with other settings
+        session = Session(tmp_path, OFFLINE, lambda mode: choice._begin(tmp_path, "name", "id", {}, mode))
+        session.log({"images_seen": 16, "eval/loss": 0.5})
+        session.log({"images_seen": 16, "samples": new("L", (8, 8))})
+        session.run.finish()
+        assert points(tmp_path) == {(16, "eval/loss"), (16, "samples")}
+        (tmp_path / "metrics.csv").write_text("images_seen,eval/loss\n16,0.5\n")
+        sent = [choice.send(tmp_path, "name", "id", {}) for _ in range(2)]
+        wandb.teardown()
+    (row,) = server.runs["id"].rows()
+    assert row["samples"]["_type"] == "image-file"
+    assert server.runs["id"].points() == {(16, "samples"): 1, (16, "eval/loss"): 1}
+    assert sent == [1, 0]
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert (offline / "run-id.wandb.synced").is_file()

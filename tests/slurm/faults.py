@@ -29,6 +29,13 @@ class Hit(RunCallback):
             os.kill(os.getpid(), self.number)
 
 
+class InStart(Hit):
+    """When the ranks have met, and before any has something to save."""
+
+    def setup(self, trainer, module, stage: str) -> None:
+        self.hit()
+
+
 class InStep(Hit):
     """Between the backward pass and the optimizer's step, once so many images have been seen."""
 
@@ -96,18 +103,20 @@ class SlowWhenStopped(RunCallback):
         saving.write_tensors = slow
 
 
-class Creep(RunCallback):
-    """Steps take so long, after the first eight of a start, until so many starts have been told to stop."""
-
-    def __init__(self, seconds: float, stops: int):
-        self.seconds, self.stops, self.steps = seconds, stops, 0
-
-    def start(self) -> None:
-        self.creeps = len([*self.run.folder.glob("told-*")]) < self.stops
+class Told(RunCallback):
+    """<run>/told-<start>-<rank>: the signal that the rank has when it saves to stop, and the images seen until then."""
 
     def before_save(self) -> None:
         if self.run.stop_signal is not None:
-            (self.run.folder / f"told-{this_start()}").touch()
+            file = self.run.folder / f"told-{this_start()}-{self.run.agreement.rank}"
+            file.write_text(f"{signal.Signals(self.run.stop_signal).name} {self.run.images_seen}")
+
+
+class Creep(RunCallback):
+    """Steps take so long, after the first eight of a start, in so many starts of the job."""
+
+    def __init__(self, seconds: float, starts: int):
+        self.seconds, self.creeps, self.steps = seconds, this_start() < starts, 0
 
     def after_step(self, previous: int) -> None:
         self.steps += 1

@@ -3,6 +3,7 @@ rank at any moment, two jobs on a node, a port that is taken. On a SLURM that wa
 """
 
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -11,23 +12,16 @@ from pathlib import Path
 
 import cluster_jobs
 import pytest
-from cluster_jobs import begun, check_nothing_lost, left_of, log_of, rank_of, until
-from conftest import SMALL
+from cluster_jobs import WHOLE, begun, callback, importing, log_of, until
+from undisturbed import check_nothing_lost
 
 pytestmark = [*cluster_jobs.MARKS, pytest.mark.timeout(900)]
 IMAGES, CHECKPOINT, EVALUATION, GRACE = 2560, 320, 1280, 5
 LIMITS = 5
 RUN = [
-    "experiment=digits", *(a for a in SMALL if a != "logger=csv"), "strategy=zero2", "ema=several",
-    f"num_images={IMAGES}", f"callbacks.checkpoint.every_n_images={CHECKPOINT}", "callbacks.evaluate.at_start=false",
-    f"callbacks.evaluate.every_n_images={EVALUATION}", "evaluation.batch_size=5", "allowed_targets=[spies,faults]",
-    "+callbacks.ledger._target_=spies.Ledger",
+    *WHOLE, f"num_images={IMAGES}", f"callbacks.checkpoint.every_n_images={CHECKPOINT}",
+    f"callbacks.evaluate.every_n_images={EVALUATION}", "evaluation.batch_size=5",
 ]  # fmt: skip
-
-
-def callback(name: str, target: str, **arguments: object) -> list[str]:
-    given = [f"+callbacks.{name}.{key}={value}" for key, value in arguments.items()]
-    return [f"+callbacks.{name}._target_=faults.{target}", *given]
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +49,7 @@ def submit(cluster, checkout):
 @pytest.fixture(scope="module")
 def ended(cluster, checkout):
     """ended(job) -> what SLURM says of it, and its log, once it is over and nothing that it started is left."""
-
-    def wait(job: str) -> tuple[dict[str, str], str]:
-        state, log = cluster_jobs.ended(cluster, checkout, job, 600)
-        until(lambda: not left_of(cluster, job), lambda: f"left of job {job}: {left_of(cluster, job)}", 30)
-        return state, log
-
-    return wait
+    return lambda job: cluster_jobs.ended(cluster, checkout, job, 600)
 
 
 def near_its_limit(cluster, checkout: Path, job: str, name: str, images: int) -> None:
@@ -74,6 +62,14 @@ def near_its_limit(cluster, checkout: Path, job: str, name: str, images: int) ->
 
 
 WARNED = ["--time=60", "--signal=TERM@65"]
+TOLD = callback("told", "faults.Told")
+
+
+def told(run: Path, start: int) -> int:
+    """Images that had been seen in that start of its job when it saved to stop. What a rank prints at its end may be
+    missing: srun ends it as soon as the other has ended.
+    """
+    return int((run / f"told-{start}-0").read_text().split()[1])
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +82,7 @@ def beside():
 @pytest.fixture(scope="module")
 def limited(cluster, checkout, submit, beside) -> Future:
     """The number of a job that creeps until it has come near its time limit five times."""
-    job = submit("limited", *callback("creep", "Creep", seconds=1, stops=LIMITS), options=WARNED)
+    job = submit("limited", *callback("creep", "faults.Creep", seconds=1, starts=LIMITS), *TOLD, options=WARNED)
 
     def limits() -> str:
         for start in range(1, LIMITS + 1):
@@ -102,7 +98,10 @@ def limited(cluster, checkout, submit, beside) -> Future:
 @pytest.fixture(scope="module")
 def overrun(cluster, checkout, submit, beside) -> Future:
     """The number of a job that is told to stop in time and cannot."""
-    slow = [*callback("creep", "Creep", seconds=1, stops=1), *callback("slow", "SlowWhenStopped", seconds=200)]
+    slow = [
+        *callback("creep", "faults.Creep", seconds=1, starts=1),
+        *callback("slow", "faults.SlowWhenStopped", seconds=200),
+    ]
     job = submit("overrun", *slow, options=WARNED)
 
     def limit() -> str:
@@ -134,7 +133,8 @@ def test_a_port_that_is_taken_costs_a_start_and_no_more(cluster, checkout, submi
     job, port = held_back(cluster, submit, "port")
     with socket.create_server(("", port)):
         cluster.run("scontrol", "release", job)
-        job, log = ended(job)
+        until(lambda: cluster.job(job)["Restarts"] == "1", lambda: log_of(checkout, job))
+    job, log = ended(job)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
     first, _, second = log.partition("back into the queue, to resume from checkpoint none")
     assert f"port: {port}" in first, log
@@ -157,82 +157,67 @@ def test_two_jobs_on_one_node_at_the_same_time(cluster, checkout, submit, ended,
 def test_requeued_while_a_save_takes_so_long(cluster, checkout, submit, ended, alone, seconds, fits):
     """SLURM leaves it five seconds: a save that fits into them is kept, else the last periodic one stands."""
     name = f"save-{seconds}"
-    number = submit(name, *callback("slow", "SlowWhenStopped", seconds=seconds))
+    number = submit(name, *callback("slow", "faults.SlowWhenStopped", seconds=seconds), *TOLD)
     begun(cluster, checkout, number, name, 2 * CHECKPOINT + 64)
     cluster.run("scontrol", "requeue", number)
     job, log = ended(number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
     assert "writes slowly" in log  # it was hit in that save
     resumed = int(log.split("resuming from images-")[1].split()[0].rstrip(","))
-    assert ("stopped at" in log) == fits, log
-    if fits:
-        assert f"stopped at {resumed:,} images" in log
-    else:
+    assert (resumed == told(checkout / "runs" / name, 0)) == fits, log
+    if not fits:
         assert resumed % CHECKPOINT == 0
         assert resumed >= 2 * CHECKPOINT
     check_nothing_lost(checkout / "runs" / name, alone)
 
 
-def hits(number: signal.Signals, first: int) -> list[str]:
-    """At the second to fifth start of a job, the ranks in turns."""
-    moments = [("InStep", {"images": 64}), ("InSave", {}), ("InEvaluation", {}), ("AtEnd", {})]
-    return [
-        argument
-        for start, (target, more) in enumerate(moments, 1)
-        for argument in callback(
-            f"hit{start}", target, sends=number.name, rank=(first + start) % 2, start=start, **more
-        )
-    ]  # fmt: skip
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+MOMENTS = [("InStart", {}), ("InStep", {"images": 64}), ("InSave", {}), ("InEvaluation", {}), ("AtEnd", {})]
 
 
-def importing(cluster, rank: int, job: str) -> int:
-    """This rank's process, once it is Python and before it can have anything to save."""
+def due(which: int, start: int) -> tuple[signal.Signals, int]:
+    """What is sent in that start of the first or the second job, and to which rank: to the other one in the other."""
+    return SIGNALS[(which + start) % 3], (which + start) % 2
+
+
+def hits(which: int) -> list[str]:
     found = []
-
-    def there() -> bool:
-        try:
-            pid = rank_of(cluster, rank, job)
-            found[:] = [pid] if b"diffusion_trainer" in Path(f"/proc/{pid}/cmdline").read_bytes() else []
-        except (AssertionError, FileNotFoundError):
-            return False
-        return bool(found) and "python" in cluster_jobs.name_of(found[0])
-
-    until(there, lambda: f"rank {rank} of job {job} never began", 60)
-    return found[0]
+    for start, (target, more) in enumerate(MOMENTS, 1):
+        number, rank = due(which, start)
+        found += callback(f"hit{start}", f"faults.{target}", sends=number.name, rank=rank, start=start, **more)
+    return found
 
 
 def test_a_signal_to_one_rank_at_its_start_in_a_step_a_save_an_evaluation_and_at_the_end(
     cluster, checkout, submit, ended, alone
 ):
-    """TERM and USR1 in a job each, side by side: one of them hits rank 0 where the other hits rank 1."""
-    signals = {signal.SIGTERM: 0, signal.SIGUSR1: 1}
-    jobs = {number: submit(f"one-{number.name}", *hits(number, first)) for number, first in signals.items()}
-    for number, first in signals.items():
-        os.kill(importing(cluster, first, jobs[number]), number)
-    for number in signals:
-        job, log = ended(jobs[number])
-        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "5"), log
+    """Two jobs side by side, with TERM, USR1 and USR2 in turns, so that each moment sees two of them and both ranks."""
+    jobs = [submit(f"one-{which}", *hits(which)) for which in range(2)]
+    for which, job in enumerate(jobs):
+        number, rank = due(which, 0)
+        os.kill(importing(cluster, rank, job), number)
+    for which, job in enumerate(jobs):
+        state, log = ended(job)
+        assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "5"), log
         starts = log.split("back into the queue, to resume from checkpoint ")
         assert len(starts) == 6, log
-        assert "stopped at" not in starts[0], log
-        assert starts[1].startswith("none")
-        for start, images in ((1, 80), (2, CHECKPOINT), (3, EVALUATION)):
-            stopped = int(starts[start].split("stopped at ")[1].split()[0].replace(",", ""))
-            assert images <= stopped <= images + (160 if start == 2 else 0), log  # a save does not hold up the steps
-            assert starts[start + 1].startswith(f"images-{stopped:012d}"), log
-        assert f"already at {IMAGES:,} images" in starts[5], log
-        check_nothing_lost(checkout / "runs" / f"one-{number.name}", alone)
+        for start in (0, 1):  # before there is anything to save
+            assert "stopped at" not in starts[start], log
+            assert starts[start + 1].startswith("none"), log
+        for start, images in ((2, 80), (3, CHECKPOINT), (4, EVALUATION)):
+            saved = int(starts[start + 1].removeprefix("images-").split()[0])
+            assert images <= saved <= images + (160 if start == 3 else 0), log  # a save does not hold up the steps
+        assert f"done: one-{which}" in starts[5], log  # it came when there was nothing to stop any more
+        check_nothing_lost(checkout / "runs" / f"one-{which}", alone)
 
 
 def test_five_time_limits_in_a_row(checkout, ended, limited, alone):
     """All by SLURM itself, with --signal before the limit."""
     job, log = ended(limited.result())
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", str(LIMITS)), log
-    stopped = [int(part.split()[0].replace(",", "")) for part in log.split("stopped at ")[1:]]
-    assert len(stopped) == LIMITS, log
+    stopped = [told(checkout / "runs" / "limited", start) for start in range(LIMITS)]
     assert stopped == sorted(set(stopped)), log
-    resumed = [f"images-{images:012d}" for images in stopped]
-    assert [name for name in resumed if f"resuming from {name}" in log] == resumed, log
+    assert stopped == [int(images) for images in re.findall(r"resuming from images-(\d+)", log)], log
     check_nothing_lost(checkout / "runs" / "limited", alone)
 
 

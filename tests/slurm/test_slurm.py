@@ -1,31 +1,53 @@
 """launch/train.sbatch on a real SLURM of two nodes on this machine: a job survives what can happen to it."""
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import cluster_jobs
 import pytest
-import torch
-from cluster_jobs import begun, curve, log_of, rank_of, script, until, worker_of
-from conftest import SMALL
+from cluster_jobs import (  # fmt: skip
+    WHOLE,
+    begun,
+    callback,
+    left_of,
+    log_of,
+    newest_row,
+    open_ports,
+    rank_of,
+    script,
+    until,
+    worker_of,
+)
+from undisturbed import check_nothing_lost
 
-from diffusion_trainer.training.checkpoints import Checkpoint, latest
-
-pytestmark = cluster_jobs.MARKS
-IMAGES = 3200
+pytestmark = [*cluster_jobs.MARKS, pytest.mark.timeout(900)]
+IMAGES, CHECKPOINT, BATCH = 3200, 160, 16
+HANG_SECONDS = 15
 RUN = [
-    "experiment=digits", *SMALL, "strategy=zero2", f"num_images={IMAGES}", "callbacks.evaluate=null",
-    "callbacks.checkpoint.every_n_images=320", "allowed_targets=[crashing]",
+    *WHOLE, f"num_images={IMAGES}", f"callbacks.checkpoint.every_n_images={CHECKPOINT}",
+    f"callbacks.evaluate.every_n_images={IMAGES // 2}", f"callbacks.heartbeat.hang_timeout_seconds={HANG_SECONDS}",
 ]  # fmt: skip
+
+
+def slowly(starts: int) -> list[str]:
+    """So that so many starts do not come to the end of the run before something happens to them."""
+    return callback("creep", "faults.Creep", seconds=0.1, starts=starts)
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with tempfile.TemporaryDirectory() as folder, cluster_jobs.local_cluster(Path(folder)) as cluster:
+    """It preempts a job with the signal that the job has asked for (--signal)."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        cluster_jobs.local_cluster(Path(folder), SlurmctldParameters="preempt_send_user_signal") as cluster,
+    ):
         yield cluster
 
 
@@ -37,29 +59,14 @@ def checkout(folder):
 
 @pytest.fixture(scope="module")
 def submit(cluster, checkout):
-    """submit(name, *arguments) -> the number of a job of two nodes with a task each."""
-    return lambda name, *arguments: cluster_jobs.submit(cluster, checkout, *RUN, f"name={name}", *arguments)
+    """submit(name, *arguments, options=sbatch's) -> the number of a job of two nodes with a task each."""
+    return lambda name, *arguments, options=(): cluster_jobs.submit(
+        cluster, checkout, *RUN, f"name={name}", *arguments, options=options
+    )
 
 
 def ended(cluster, checkout, job: str) -> tuple[dict[str, str], str]:
     return cluster_jobs.ended(cluster, checkout, job)
-
-
-def state(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights, averages and moments at the end."""
-    checkpoint = Checkpoint(latest(run / "checkpoints"))
-    assert checkpoint.images_seen == IMAGES
-    return {kind: checkpoint.whole(kind) for kind in sorted(checkpoint.kinds)}
-
-
-def same_as_undisturbed(run: Path, alone: Path) -> None:
-    """All numbers bitwise, and one curve with each step once."""
-    ours, theirs = state(run), state(alone)
-    assert ours.keys() == theirs.keys()
-    for kind, tensors in theirs.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(ours[kind][name], tensor), (kind, name)
-    assert curve(run) == list(range(16, IMAGES + 1, 16))
 
 
 @pytest.fixture(scope="module")
@@ -79,80 +86,102 @@ def test_two_nodes_train_to_the_end(checkout, undisturbed, alone):
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), log
     assert "ZeRO-2 on 2 cpu processes" in log
     assert "done: alone" in log
-    same_as_undisturbed(alone, alone)
+    assert cluster_jobs.curve(alone) == [*range(BATCH, IMAGES + 1, BATCH)]
+    check_nothing_lost(alone, alone)
     assert not [path for path in checkout.glob("slurm-*") if path.suffix != ".log"]
 
 
-def requeued_by_hand(cluster, job: str) -> None:
-    cluster.run("scontrol", "requeue", job)
+@pytest.fixture
+def survives(cluster, checkout, alone):
+    """survives(job, name, what happens) -> how often it was restarted, and its log, once it has ended as if left alone.
+
+    Each thing happens in another start, once that has seen a checkpoint's worth of images more than the one before; the
+    job is back in the queue within so many seconds.
+    """
+
+    def survives(job: str, name: str, happen: Sequence[Callable[[], object]], seconds: float = 90) -> tuple[int, str]:
+        run, log = checkout / "runs" / name, lambda: log_of(checkout, job)
+        restarts = lambda: int(cluster.job(job)["Restarts"])  # noqa: E731
+        for happens in happen:
+            further, before = newest_row(run) + CHECKPOINT, restarts()
+            until(lambda n=before: log().count(f"run {name} in") > n, log, 240)
+            begun(cluster, checkout, job, name, further)
+            until(lambda: open_ports(job, restarts() + 1) == [restarts()], log)  # where the ranks have met
+            before = restarts()
+            happens()
+            until(lambda n=before: restarts() > n, log, seconds)
+        state, _ = ended(cluster, checkout, job)
+        assert state["JobState"] == "COMPLETED", log()
+        check_nothing_lost(run, alone)
+        return restarts(), log()
+
+    return survives
 
 
-def preempted(cluster, job: str) -> None:
-    cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-
-
-def told_to_stop(cluster, job: str) -> None:
-    """What --signal does before the time limit."""
-    cluster.run("scancel", "--signal=TERM", job)
-
-
-@pytest.mark.parametrize("happens", [requeued_by_hand, preempted, told_to_stop], ids=lambda f: f.__name__)
 def test_a_job_that_must_make_way_saves_comes_back_and_ends_as_if_nothing_had_happened(
-    cluster, checkout, submit, alone, happens
+    cluster, checkout, submit, survives
 ):
-    name = happens.__name__
-    number = submit(name)
-    begun(cluster, checkout, number, name)
-    happens(cluster, number)
-    job, log = ended(cluster, checkout, number)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
-    stopped = int(log.split("stopped at ")[1].split()[0].replace(",", ""))
-    assert 320 <= stopped < IMAGES
-    assert f"resuming from images-{stopped:012d}" in log  # not a step lost
-    same_as_undisturbed(checkout / "runs" / name, alone)
+    """Put back by hand; preempted, by USR1, which it asks for; sent TERM as before a time limit; the file `stop`."""
+    job = submit("way", *slowly(4), *callback("told", "faults.Told"), options=["--signal=USR1@60"])
+    run, rival = checkout / "runs" / "way", ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    restarts, log = survives(job, "way", [
+        lambda: cluster.run("scontrol", "requeue", job),
+        lambda: cluster.run("sbatch", *rival, "--wrap=sleep 1"),
+        lambda: cluster.run("scancel", "--signal=TERM", job),
+        (run / "stop").touch,
+    ])  # fmt: skip
+    assert restarts == 4, log
+    signals, stopped = zip(*((run / f"told-{start}-0").read_text().split() for start in range(4)), strict=True)
+    assert signals == ("SIGTERM", "SIGUSR1", "SIGTERM", "SIGTERM")
+    stopped = [int(images) for images in stopped]
+    assert stopped == [int(images) for images in re.findall(r"resuming from images-(\d+)", log)], log  # no step is lost
+    for start, (first, last) in enumerate(pairwise([0, *stopped, IMAGES]), 1):  # each start has a log of its own
+        said = (run / "logs" / f"attempt-{start}" / "rank-0.log").read_text()
+        steps = [int(images.replace(",", "")) for images in re.findall(r"(\S+) of \S+ images", said)]
+        assert steps == [*range(first + BATCH, last + 1, BATCH)], said
 
 
-def killed_rank_0(cluster) -> None:
-    os.kill(rank_of(cluster, 0), signal.SIGKILL)
-
-
-def killed_rank_1(cluster) -> None:
-    os.kill(rank_of(cluster, 1), signal.SIGKILL)
-
-
-def killed_worker(cluster) -> None:
-    os.kill(worker_of(cluster, 1), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("happens", [killed_rank_0, killed_rank_1, killed_worker], ids=lambda f: f.__name__)
-def test_a_killed_process_ends_the_job_within_seconds_and_it_goes_on_from_its_checkpoint(
-    cluster, checkout, submit, alone, happens
+def test_a_process_that_breaks_is_killed_or_hangs_ends_the_job_which_goes_on_from_its_checkpoint(
+    cluster, checkout, submit, survives
 ):
-    name = happens.__name__
-    number = submit(name, "data.num_workers=1")
-    begun(cluster, checkout, number, name, 640)
-    happens(cluster)
-    until(lambda: cluster.job(number)["Restarts"] == "1", lambda: log_of(checkout, number), 45)
-    job, log = ended(cluster, checkout, number)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
-    assert "back into the queue, to resume from checkpoint images-" in log
-    assert "resuming from images-" in log
-    same_as_undisturbed(checkout / "runs" / name, alone)
+    """An exception; SIGKILL and SIGSTOP of each rank and of a loader's worker. Ranks write where they were."""
+    crash = callback("crash", "crashing.Crash", images=2 * CHECKPOINT, start=0)
+    job, run = submit("hit", *slowly(7), *crash, "data.num_workers=1"), checkout / "runs" / "hit"
+
+    def send(number: signal.Signals, find: Callable, rank: int) -> Callable[[], None]:
+        return lambda: os.kill(find(cluster, rank, job), number)
+
+    which = [(rank_of, 0), (rank_of, 1), (worker_of, 1)]
+    sent = [send(number, *one) for number in (signal.SIGKILL, signal.SIGSTOP) for one in which]
+    restarts, log = survives(job, "hit", [lambda: None, *sent], HANG_SECONDS + 60)
+    assert restarts == log.count("back into the queue, to resume from checkpoint images-") == 7, log
+    logs = [run / "logs" / f"attempt-{start + 1}" for start in range(8)]
+    assert "RuntimeError: crash of the test" in (logs[0] / "rank-1.log").read_text()
+    for start, rank in ((4, 1), (5, 0), (6, 0), (6, 1)):
+        stacks = (logs[start] / f"stacks-rank-{rank}.txt").read_text()
+        seconds = int(re.search(r"hung: no progress for (\d+) s", stacks)[1])
+        assert HANG_SECONDS <= seconds < 2 * HANG_SECONDS, stacks
+        assert "most recent call first" in stacks
+    assert "T (stopped)" in stacks  # the worker
 
 
-@pytest.mark.parametrize("node", ["node1", "node2"])
-def test_a_job_that_has_lost_a_node_waits_for_another_and_goes_on(cluster, checkout, submit, alone, node):
-    """The first node is where the job's script runs and ranks meet."""
-    name = f"lost-{node}"
-    number = submit(name)
-    begun(cluster, checkout, number, name, 640)
-    cluster.crash(node)
-    until(lambda: cluster.job(number)["Restarts"] == "1", lambda: log_of(checkout, number), 90)
-    cluster.boot(node)
-    job, log = ended(cluster, checkout, number)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
-    assert "resuming from images-" in log
-    same_as_undisturbed(checkout / "runs" / name, alone)
+def test_a_job_that_has_lost_a_node_ends_on_the_other_waits_for_another_and_goes_on(
+    cluster, checkout, submit, survives
+):
+    """The first node is where the job's script runs and ranks meet. Once it is back SLURM may TERM the next start."""
+    job = submit("lost", *slowly(3))
+
+    def lose(node: str, other: str) -> None:
+        before = cluster.job(job)["Restarts"]
+        cluster.crash(node)
+        ranks = lambda: left_of(cluster, job, "SLURM_STEP_ID=0", node=other)  # noqa: E731
+        until(lambda: not ranks(), lambda: f"ranks on {other}: {ranks()}\n{log_of(checkout, job)}", 30)
+        until(lambda: cluster.job(job)["Restarts"] != before, lambda: log_of(checkout, job), 90)
+        cluster.boot(node)
+
+    restarts, log = survives(job, "lost", [lambda: lose("node1", "node2"), lambda: lose("node2", "node1")])
+    assert 2 <= restarts <= 4, log
+    assert log.count("resuming from images-") >= 2
 
 
 @pytest.mark.parametrize("mistake", ["optimizer.learning=1", "lanes=3"])
@@ -164,8 +193,7 @@ def test_a_mistake_in_the_arguments_is_told_once(cluster, checkout, submit, mist
 
 
 def test_a_crash_loop_stops_and_says_how_to_go_on(cluster, checkout, submit):
-    crash = ["+callbacks.crash._target_=crashing.Crash", "+callbacks.crash.images=16"]
-    number = submit("loop", *crash)
+    number = submit("loop", "logger=csv", *callback("crash", "crashing.Crash", images=16))
     job, log = ended(cluster, checkout, number)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "2"), log
     assert log.count("post-mortem of ") == 3
@@ -177,8 +205,8 @@ def test_a_crash_loop_stops_and_says_how_to_go_on(cluster, checkout, submit):
 
 
 def test_a_cancelled_job_saves_and_stays_away(cluster, checkout, submit):
-    number = submit("cancelled")
-    begun(cluster, checkout, number, "cancelled")
+    number = submit("cancelled", *slowly(1))
+    begun(cluster, checkout, number, "cancelled", CHECKPOINT)
     cluster.run("scancel", number)
     job, _ = ended(cluster, checkout, number)
     until(lambda: "stopped at " in log_of(checkout, number), lambda: log_of(checkout, number))

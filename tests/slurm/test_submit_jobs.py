@@ -8,17 +8,16 @@ from pathlib import Path
 
 import cluster_jobs
 import pytest
-import torch
-from cluster_jobs import curve, newest_row, rank_of, until
+from cluster_jobs import WHOLE, newest_row, rank_of, until
 from conftest import ROOT, SMALL, command, finish
+from undisturbed import check_nothing_lost
 
 from diffusion_trainer.apps.jobs import Slurm
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
 pytestmark = cluster_jobs.MARKS
 RUN = [
-    "launcher=local_cluster", "experiment=digits", *SMALL, "strategy=zero2", "callbacks.evaluate=null",
-    "callbacks.checkpoint.every_n_images=32",
+    "experiment=digits", *SMALL, "strategy=zero2", "callbacks.evaluate=null", "callbacks.checkpoint.every_n_images=32",
 ]  # fmt: skip
 
 
@@ -30,10 +29,11 @@ def cluster():
 
 @pytest.fixture
 def submit(cluster, folder):
-    """submit(*arguments) -> exit code and output, from the folder of the module's runs."""
+    """submit(*arguments, run=of the run) -> exit code and output, from the folder of the module's runs."""
     paths = f"{ROOT / 'tests'}:{ROOT / 'tests' / 'slurm'}"
     env = {"SLURM_CONF": str(cluster.conf), "PYTHONPATH": paths}
-    return lambda *arguments: finish(command("submit", *RUN, *arguments, cwd=folder, **env))
+    here = ["submit", "launcher=local_cluster", "doctor=false"]
+    return lambda *arguments, run=RUN: finish(command(*here, *run, *arguments, cwd=folder, **env))
 
 
 def number_of(output: str) -> str:
@@ -45,9 +45,7 @@ def number_of(output: str) -> str:
 def ended(cluster, folder: Path, name: str, number: str) -> tuple[dict[str, str], str]:
     """What SLURM says of a job that has ended, and its log."""
     path = folder / "runs" / name / "logs" / f"slurm-{number}.log"
-    log = lambda: path.read_text(errors="replace") if path.is_file() else ""  # noqa: E731
-    cluster_jobs.until(lambda: cluster.job(number)["JobState"] in cluster_jobs.OVER, log, 300)
-    return cluster.job(number), log()
+    return cluster_jobs.over(cluster, number, lambda: path.read_text(errors="replace") if path.is_file() else "")
 
 
 def test_one_command_trains_on_two_nodes_goes_on_and_says_when_it_is_done(cluster, folder, submit):
@@ -83,10 +81,12 @@ def test_one_command_trains_on_two_nodes_goes_on_and_says_when_it_is_done(cluste
 
 @pytest.mark.timeout(1200)
 def test_preempted_twice_and_killed_once_on_each_node_it_ends_as_if_nothing_had_happened(cluster, folder, submit):
-    images, step = 6400, 16
-    more = [f"num_images={images}", "callbacks.checkpoint.every_n_images=160", "ema=several"]
-    assert ended(cluster, folder, "alone", number_of(submit("name=alone", *more)[1]))[0]["JobState"] == "COMPLETED"
-    number, hit = number_of(submit("name=hit", *more)[1]), folder / "runs" / "hit"
+    """Evaluations and Weights & Biases too: nothing is left out to make it easy."""
+    every = ["callbacks.checkpoint.every_n_images=160", "callbacks.evaluate.every_n_images=1600"]
+    whole = [*WHOLE, "num_images=6400", *every]
+    job, said = ended(cluster, folder, "alone", number_of(submit("name=alone", run=whole)[1]))
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), said
+    number, hit = number_of(submit("name=hit", run=whole)[1]), folder / "runs" / "hit"
     log = lambda: (hit / "logs" / f"slurm-{number}.log").read_text(errors="replace")  # noqa: E731
     rivals = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
     faults = [
@@ -100,12 +100,7 @@ def test_preempted_twice_and_killed_once_on_each_node_it_ends_as_if_nothing_had_
         until(lambda n=starts: cluster.job(number)["Restarts"] == str(n), log, 120)
     job, said = ended(cluster, folder, "hit", number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "4"), said
-    ours, theirs = (Checkpoint(latest(folder / "runs" / name / "checkpoints")) for name in ("hit", "alone"))
-    assert ours.images_seen == theirs.images_seen == images
-    for kind in theirs.kinds:
-        a, b = ours.whole(kind), theirs.whole(kind)
-        assert all(torch.equal(a[name], b[name]) for name in b), kind
-    assert curve(hit) == list(range(step, images + 1, step))
+    check_nothing_lost(hit, folder / "runs" / "alone")
 
 
 def test_what_the_cluster_would_refuse_is_refused_with_what_it_has(submit, folder):

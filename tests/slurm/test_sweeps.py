@@ -11,11 +11,13 @@ from pathlib import Path
 import cluster_jobs
 import pytest
 from conftest import ROOT, SMALL, command, finish
+from wandb_groups import group_of
 
 pytestmark = cluster_jobs.MARKS
 SWEEP = [
     "train", "-m", "experiment=digits", *SMALL, "strategy=zero2", "num_images=64", "callbacks.evaluate.at_start=false",
     "hydra/launcher=slurm", "runner.poll_seconds=0.5", "nodes=2", "tasks_per_node=1", "time=01:00:00",
+    "doctor=false",
 ]  # fmt: skip
 
 
@@ -93,6 +95,23 @@ def test_ctrl_c_leaves_the_jobs_and_a_point_that_fails_stops_no_other(cluster, f
     assert re.search(r"\[1/2\] \+?callbacks.crash.images=16 failed with exit code", output)
     assert [row["state"] for row in rows(folder, "crash")] == ["failed", "done"]
     assert entries(folder, "crash")[1]["job"] == jobs[1]
+
+
+@pytest.mark.timeout(1800)
+def test_a_search_of_jobs_cancels_what_is_worse_and_all_are_one_group(cluster, folder, sweep):
+    """Guided by 100 all pixels are black or white."""
+    arguments = ["name=search", "sweeper=tpe", "sweeper.seed=14", "trials=3", "guidance.scale=1,2,100", "parallel=1"]
+    often = ["num_images=1600", "callbacks.evaluate.every_n_images=160", "prune=true", "sweeper.prune_startup_trials=1"]
+    code, output = finish(sweep(*arguments, *often, "logger=wandb"))
+    assert code == 0, output
+    found = rows(folder, "search")
+    assert [(row["guidance.scale"], row["state"]) for row in found] == [("1", "done"), ("2", "done"), ("100", "pruned")]
+    assert [cluster.job(entry["job"])["JobState"] for entry in entries(folder, "search")] == [
+        "COMPLETED", "CANCELLED", "COMPLETED"
+    ]  # fmt: skip
+    records = [*(folder / "runs" / "search").glob("**/offline-run-*/run-*.wandb")]
+    assert records
+    assert {group_of(path) for path in records} == {"search"}
 
 
 def test_what_slurm_refuses_is_said_before_anything_is_queued(cluster, folder, sweep):
