@@ -17,7 +17,8 @@ import numpy as np
 
 from diffusion_trainer.streaming.cutter import Cutter
 from diffusion_trainer.streaming.decoding import IMAGES, image_size
-from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, SIZES, Scan, Shard, scan
+from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, SIZES, Shard
+from diffusion_trainer.streaming.scanning import Scan, scan
 from diffusion_trainer.streaming.sites import LocalSite, Site
 from diffusion_trainer.streaming.writing import end_with_parent
 

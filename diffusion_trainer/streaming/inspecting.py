@@ -19,8 +19,9 @@ from webdataset.shardlists import expand_urls
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadChecksum, Damage, Found, MissingShard, Truncated
 from diffusion_trainer.streaming.describing import describe
-from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, PIECE, Scan, Shard, scan
+from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, Shard
 from diffusion_trainer.streaming.samples import Samples
+from diffusion_trainer.streaming.scanning import PIECE, Scan, scan
 from diffusion_trainer.streaming.stores import Folder, LocalStore, Stale, folders, matching
 
 WRONG_INDEX = "wrong_index"  # beside the kinds of damage: what the index says does not fit

@@ -10,17 +10,8 @@ from secrets import token_hex
 
 from webdataset import TarWriter
 
-from diffusion_trainer.streaming.index import (
-    CHECKSUMS,
-    INDEX,
-    OFFSETS,
-    SIZES,
-    Shard,
-    read_index,
-    scan,
-    write_index,
-    write_sidecars,
-)
+from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, read_index, write_index
+from diffusion_trainer.streaming.scanning import scan, write_sidecars
 
 
 def write_shards(samples: Iterable[Mapping], folder: Path, name: str, samples_per_shard: int) -> list[Path]:

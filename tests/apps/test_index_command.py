@@ -13,8 +13,9 @@ from streaming.making import END, member, shard_bytes
 
 from diffusion_trainer.apps import cli
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.index import read_index, scan
+from diffusion_trainer.streaming.index import read_index
 from diffusion_trainer.streaming.retries import AGAIN
+from diffusion_trainer.streaming.scanning import scan
 
 INDEX = "shards/index.json"
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT
 from scripts import picture
 
-from diffusion_trainer.streaming.index import read_index, scan
+from diffusion_trainer.streaming.index import read_index
+from diffusion_trainer.streaming.scanning import scan
 
 GUIDE = (ROOT / "docs" / "data.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL)

@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 from scripts import call, image_folder, picture, tars
 
-from diffusion_trainer.streaming.index import scan
+from diffusion_trainer.streaming.scanning import scan
 
 
 def fill(root: Path, files: dict[str, bytes]) -> Path:

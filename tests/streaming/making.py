@@ -14,8 +14,9 @@ from webdataset import TarWriter
 from diffusion_trainer.streaming.damage import Undecodable, WrongShape
 from diffusion_trainer.streaming.data import ShardData
 from diffusion_trainer.streaming.fields import Field
-from diffusion_trainer.streaming.index import Shard, scan, write_index, write_sidecars
+from diffusion_trainer.streaming.index import Shard, write_index
 from diffusion_trainer.streaming.loader import Layout
+from diffusion_trainer.streaming.scanning import scan, write_sidecars
 
 END = bytes(1024)  # the end mark of a tar
 Named = tuple[str, bytes]

@@ -12,8 +12,9 @@ from streaming.making import Number, Row, theorem, whole, write_set
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.buckets import Bucketed, bucketed
 from diffusion_trainer.streaming.data import ShardData, Source
-from diffusion_trainer.streaming.index import scan, write_index, write_sidecars
+from diffusion_trainer.streaming.index import write_index
 from diffusion_trainer.streaming.order import counts
+from diffusion_trainer.streaming.scanning import scan, write_sidecars
 
 SHAPES = [(64, 64), (64, 96), (96, 64)]
 PERIOD, LANES, BATCH = 20, 2, 8

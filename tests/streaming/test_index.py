@@ -18,7 +18,8 @@ from streaming.making import END, gnu_tar, member, npy, pax, python_tar, shard_b
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import BadArchive, Damage, Truncated
-from diffusion_trainer.streaming.index import Scan, Shard, entry_of, parse_index, read_index, scan, write_index
+from diffusion_trainer.streaming.index import Shard, entry_of, parse_index, read_index, write_index
+from diffusion_trainer.streaming.scanning import Scan, scan
 from diffusion_trainer.streaming.tar import key_and_extension
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]

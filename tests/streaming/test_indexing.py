@@ -16,8 +16,9 @@ from PIL import Image
 from streaming.making import END, member, shard_bytes, write_set
 
 from diffusion_trainer.streaming import indexing, locks
-from diffusion_trainer.streaming.index import read_index, scan, serialized
+from diffusion_trainer.streaming.index import read_index, serialized
 from diffusion_trainer.streaming.indexing import index
+from diffusion_trainer.streaming.scanning import scan
 from diffusion_trainer.streaming.sites import LocalSite
 
 

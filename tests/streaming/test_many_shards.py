@@ -22,9 +22,10 @@ from streaming.making import shard_bytes, shard_data, theorem
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.cached import CachedStore
-from diffusion_trainer.streaming.index import INDEX, entry_of, parse_index, scan, serialized, shard_of, write_sidecars
+from diffusion_trainer.streaming.index import INDEX, entry_of, parse_index, serialized, shard_of
 from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.streaming.order import Mix, Order
+from diffusion_trainer.streaming.scanning import scan, write_sidecars
 from diffusion_trainer.streaming.stores import LocalStore
 
 FEW, MANY = 40, 800
@@ -185,7 +186,7 @@ def test_the_first_batch_at_sample_a_billion_of_a_hundred_thousand_shards(tmp_pa
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", START, f"{tmp_path}/*.tar"]
     megabytes, seconds = map(float, subprocess.check_output(command, env=environment, text=True).split())
-    assert seconds < 1
+    assert seconds < 2  # .7 were measured: a pass over the epoch, or over the entries twice, is more
     assert megabytes < 200
 
 

@@ -25,8 +25,9 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming import samples as reading
 from diffusion_trainer.streaming import stores
 from diffusion_trainer.streaming.damage import BadChecksum, MissingShard, TooLarge, Truncated
-from diffusion_trainer.streaming.index import Shard, scan, write_sidecars
+from diffusion_trainer.streaming.index import Shard
 from diffusion_trainer.streaming.samples import Samples
+from diffusion_trainer.streaming.scanning import scan, write_sidecars
 from diffusion_trainer.streaming.stores import LocalStore
 
 COUNTS = [3, 0, 5]

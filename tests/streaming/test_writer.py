@@ -15,8 +15,9 @@ import webdataset
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming import recipes, writer
-from diffusion_trainer.streaming.index import Shard, read_index, scan
+from diffusion_trainer.streaming.index import Shard, read_index
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip
+from diffusion_trainer.streaming.scanning import scan
 from diffusion_trainer.streaming.writer import publish, write_shard, write_shards
 from diffusion_trainer.streaming.writing import write
 
