@@ -12,6 +12,9 @@ from diffusion_trainer.callbacks.wandb_files import history
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
 
+PICTURES = "eval/samples"
+
+
 def check_nothing_lost(run: Path, alone: Path) -> None:
     """Against a run that was left alone: weights, averages, moments and schedule bitwise, the samples of each step
     (spies.Ledger), each step once in metrics.csv and in the one W&B run, with the same numbers, no evaluation missing.
@@ -63,13 +66,13 @@ def counted(rows: Sequence[Mapping]) -> Counter:
         (int(row["images_seen"]), key, None if of_the_machine(key) else float(value))
         for row in rows
         for key, value in row.items()
-        if value != "" and key != "images_seen" and not key.startswith(("_", "eval/samples/"))
+        if value != "" and not key.startswith("_") and key not in ("images_seen", PICTURES)
     )
 
 
 def pictures(told: Sequence[Mapping]) -> set[tuple[int, str]]:
     """Images seen and checksum."""
-    return {(row["images_seen"], row["eval/samples/sha256"]) for row in told if "eval/samples/sha256" in row}
+    return {(row["images_seen"], row[PICTURES]["sha256"]) for row in told if PICTURES in row}
 
 
 def of_the_machine(metric: str) -> bool:
