@@ -1,5 +1,6 @@
 """The sbatch script, with stand-ins for SLURM's commands (tests/slurm runs it on a real one)."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ ASKED = "--partition=main --time=1-00:00:00 --cpus-per-task=4 --nodes=2 --ntasks
 @pytest.fixture
 def cluster(tmp_path):
     """A folder with a .venv that echoes its arguments, and srun and scontrol on the path. Files in it are for ranks
-    that train: code-<rank>, or code for all, their exit codes; kill-<rank>: a signal to the shell that watches one.
+    that train: code-<rank>, or code for all, their exit codes; kill-<rank>: a signal to the shell that watches one;
+    doctor-code and doctor-kill: the same for the doctor's.
     """
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -37,6 +39,7 @@ while [[ $1 == --* ]]; do
   [[ $1 != --ntasks=* ]] || SLURM_NTASKS=${1#*=}
   shift
 done
+[ "${SLURM_EXPORT_ENV:-}" != NONE ] || set -- env -u mistake -u stopped "$@"
 echo "srun ${options}at $MASTER_ADDR:$MASTER_PORT cpus $SRUN_CPUS_PER_TASK" >> sruns
 for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
   SLURM_PROCID=$rank "$@" > "said-$rank"
@@ -48,7 +51,10 @@ exit $code""",
 if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
 if [ "${{@: -1}}" = --config ]; then echo "folder: my run"; exit; fi
 printf "<%s>" "$@"; echo
-if [ "$4" = doctor ]; then exit $(cat doctor-code 2> /dev/null || echo 0); fi
+if [ "$4" = doctor ]; then
+  [ ! -e doctor-kill ] || kill -s $(cat doctor-kill) $PPID
+  exit $(cat doctor-code 2> /dev/null || echo 0)
+fi
 if [ -e "kill-$SLURM_PROCID" ]; then kill -s $(cat "kill-$SLURM_PROCID") $PPID; fi
 exit $(cat "code-$SLURM_PROCID" 2> /dev/null || cat code)""",
     }
@@ -67,9 +73,9 @@ exit $(cat "code-$SLURM_PROCID" 2> /dev/null || cat code)""",
 def start(cluster, tmp_path):
     """start(code, *arguments): what a start of the job does whose ranks end with this exit code."""
 
-    def start(code: int, *arguments: str, script=SCRIPT) -> subprocess.CompletedProcess:
+    def start(code: int, *arguments: str, script=SCRIPT, log=subprocess.PIPE) -> subprocess.CompletedProcess:
         (tmp_path / "code").write_text(str(code))
-        return subprocess.run(["bash", script, *arguments], env=cluster, capture_output=True, text=True)
+        return subprocess.run(["bash", script, *arguments], env=cluster, stdout=log, stderr=log, text=True)
 
     return start
 
@@ -104,7 +110,7 @@ def test_arguments_and_exit_code_pass_through(start, tmp_path):
     lead, processes = "doctor.signal_lead_seconds=120", "doctor.processes=2"
     assert doctor == f"<-P><-m><diffusion_trainer><doctor><{lead}><{processes}><{given}>"
     assert (tmp_path / "sruns").read_text().splitlines() == [
-        "srun --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 at 10.0.0.7:25234 cpus 4",
+        "srun --ntasks=2 --ntasks-per-node=1 --mem=0 --kill-on-bad-exit=0 at 10.0.0.7:25234 cpus 4",
         "srun --kill-on-bad-exit=1 at 10.0.0.7:25234 cpus 4",
     ]
 
@@ -124,7 +130,12 @@ def test_what_is_done_and_what_is_a_mistake_is_not_started_again(start, requeued
     assert {*tmp_path.iterdir()} == before | {tmp_path / "code", tmp_path / "sruns"}
 
 
-def test_a_mistake_that_one_rank_sees_counts_though_srun_reports_another_that_had_to_stop(start, requeued, tmp_path):
+@pytest.mark.parametrize("export", ["ALL", "NONE"])
+def test_a_mistake_that_one_rank_sees_counts_though_srun_reports_another_that_had_to_stop(
+    start, cluster, requeued, tmp_path, export
+):
+    """export: what sbatch has told srun to hand on."""
+    cluster["SLURM_EXPORT_ENV"] = export
     for rank, code in enumerate((143, 2)):
         (tmp_path / f"code-{rank}").write_text(str(code))
     result = start(0)
@@ -173,6 +184,50 @@ def test_a_checkpoint_that_was_there_before_the_job_is_no_progress_of_it(start, 
     assert (stops, requeued()) == ([False, False, True], 2)
 
 
+@pytest.mark.parametrize("spoilt", [".starts", ".looked", "the log"])
+def test_what_cannot_be_written_does_not_end_a_job(start, requeued, tmp_path, spoilt):
+    with open("/dev/full", "w") as full:
+        if spoilt != "the log":
+            (tmp_path / f"slurm-41234{spoilt}").mkdir()
+        for starts in (1, 2):
+            assert start(1, log=full if spoilt == "the log" else subprocess.PIPE).returncode == 1
+            assert requeued() == starts
+
+
+@pytest.fixture
+def away(tmp_path):
+    """away(times): the controller does not answer the first so many times that it is asked each thing."""
+
+    def away(times: int) -> None:
+        path = tmp_path / "tools" / "scontrol"
+        down = f'echo "$1 $2" >> asked\n[ "$(grep -cx "$1 $2" asked)" -gt {times} ] || exit 1\n'
+        path.write_text(path.read_text().replace("#!/bin/bash\n", f"#!/bin/bash\n{down}"))
+        (tmp_path / "tools" / "sleep").symlink_to("/bin/true")
+
+    return away
+
+
+def test_a_controller_that_does_not_answer_for_a_while_ends_no_job(start, requeued, away):
+    away(10)
+    result = start(137)
+    assert (result.returncode, requeued()) == (137, 1), result.stderr
+    assert "<train>" in result.stdout
+
+
+def test_a_controller_that_is_gone_ends_it(start, requeued, away):
+    away(1000)
+    result = start(137)
+    assert (result.returncode, requeued()) == (1, 0)
+    assert "<train>" not in result.stdout
+
+
+def test_several_jobs_at_once_for_one_run_are_refused(start, cluster):
+    cluster["SLURM_ARRAY_JOB_ID"] = "41230"
+    result = start(0)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no array" in result.stderr
+
+
 def test_words_of_an_earlier_start_are_not_those_of_one_that_dies_at_once(start, with_line, tmp_path):
     logs = tmp_path / "my run" / "logs"
     logs.mkdir(parents=True)
@@ -187,6 +242,15 @@ def test_a_mistake_that_a_killed_start_has_left_is_not_that_of_this_one(start, t
     mistake.touch()
     assert start(0).returncode == 0
     assert not mistake.exists()
+
+
+def test_that_a_killed_start_was_told_to_stop_is_no_word_of_this_one(start, cluster, tmp_path):
+    cluster["DOCTOR"] = "false"
+    told = [tmp_path / f"slurm-41234.stopped-{rank}" for rank in range(2)]
+    for last in (False, False, True):
+        for path in told:
+            path.touch()
+        assert stops(start, 1, 1) == [last]
 
 
 @pytest.mark.parametrize(("restarts", "port"), [("", 25234), ("0", 25234), ("1", 21153), ("3", 24991)])
@@ -234,15 +298,48 @@ def test_nodes_that_the_doctor_has_let_pass_he_looks_at_again_only_after_a_crash
 
 
 def test_without_a_doctor_the_run_comes_first(looked, cluster, with_line):
-    cluster["DOCTOR"] = ""
-    assert not looked(0)[0]
-    del cluster["DOCTOR"]
-    assert not looked(0, script=with_line("doctor=", "doctor= # "))[0]
+    for no in ("", "0", "false", "False", "no"):
+        cluster["DOCTOR"] = no
+        assert not looked(0)[0]
+    cluster["DOCTOR"] = "true"
+    assert looked(0)[0]
+    assert not looked(0, script=with_line("doctor=", "doctor=false # "))[0]
+
+
+def test_how_early_the_signal_comes_and_who_looks_is_kept_for_the_next_job(start, cluster):
+    cluster |= {"LEAD": "600", "DOCTOR": "true"}
+    for _ in range(3):
+        result = start(1)
+    assert "<doctor><doctor.signal_lead_seconds=600>" in result.stdout
+    assert f"resume  DOCTOR=true LEAD=600 sbatch --signal=TERM@600 {ASKED} launch/train.sbatch\n" in result.stderr
+
+
+def test_a_run_does_not_begin_where_the_doctor_was_told_to_stop(start, requeued, tmp_path):
+    (tmp_path / "doctor-kill").write_text("TERM")
+    for starts in range(1, 5):
+        result = start(0)
+        assert (result.returncode, requeued()) == (143, starts)
+        (tmp_path / "slurm-41234.looked").unlink(missing_ok=True)
+        assert "<train>" not in result.stdout
 
 
 def stops(start, count: int, code: int) -> list[bool]:
     """Of so many starts: whether each was the last."""
-    return ["3 starts in a row without a newer checkpoint" in start(code).stderr for _ in range(count)]
+    return ["in a row without a newer checkpoint, so not once more" in start(code).stderr for _ in range(count)]
+
+
+def test_stops_without_end_end_too(start, requeued, with_line):
+    few = functools.partial(start, script=with_line("max_all=20 ", "max_all=5 "))
+    assert (stops(few, 5, 143), requeued()) == ([False] * 4 + [True], 4)
+
+
+def test_a_stop_is_one_in_a_folder_whose_name_is_a_pattern(start, cluster, tmp_path):
+    place = tmp_path / "a[b]c"
+    place.mkdir()
+    for name in (".venv", "code"):
+        (place / name).symlink_to(tmp_path / name)
+    cluster["SLURM_SUBMIT_DIR"] = str(place)
+    assert stops(start, 3, 143) == [False] * 3
 
 
 @pytest.mark.parametrize("code", [143, 138, 140, 129, 130])
@@ -268,7 +365,8 @@ def test_a_stop_after_a_newer_checkpoint_forgives_those_before(start, tmp_path):
     [
         ({"code-0": 143, "code-1": 1}, True),  # the others stop because of it, and srun tells of them
         ({"code-0": 143, "kill-1": "KILL"}, True),  # with its shell, as for want of memory
-        ({"code-0": 143, "code-1": 1, "kill-1": "TERM"}, False),  # it was told, and has lost one that had ended
+        ({"code-0": 143, "code-1": 1, "kill-1": "TERM"}, True),  # it was told, and could not save
+        ({"code-0": 143, "code-1": 0, "kill-1": "TERM"}, False),  # it was told as it ended
     ],
 )
 def test_a_start_was_stopped_if_all_its_ranks_were(start, tmp_path, files, crash):
@@ -294,6 +392,8 @@ def test_a_post_mortem_is_in_the_log_where_ranks_did_not_end_in_order(start, tmp
     again = f"sbatch {ASKED} launch/train.sbatch"
     assert (f"<-P><-m><diffusion_trainer.apps.post_mortem><my run><1><{again}>" in result.stderr) == shown
     assert "back into the queue" in result.stderr
+    (tmp_path / "doctor-code").write_text("1")
+    assert "post_mortem" not in start(1).stderr  # what is left is not of a run that has not begun
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from ledgers import lines
 from diffusion_trainer.callbacks.wandb_files import history
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
-
 PICTURES = "eval/samples"
 
 

@@ -67,7 +67,9 @@ def check(overrides: Sequence[str]) -> dict:
 
 
 def main(overrides: Sequence[str]) -> int:
-    """The exit code: 0 nothing but warnings, 2 train would refuse to start, 1 another error."""
+    """The exit code: 0 nothing but warnings, 2 train would refuse to start, 1 another error. Processes that do not find
+    each other in time are a warning: the run's have half an hour to start.
+    """
     quiet()
     begin = time.monotonic()
     config = check(overrides)
@@ -82,8 +84,8 @@ def main(overrides: Sequence[str]) -> int:
             reports = _reports(checks, agreement, begin + settings.timeout_seconds)
     except Absent as absent:
         if str(absent):
-            print(f"error: {absent}", file=sys.stderr)
-        return 1
+            print(f"warning: the doctor has not looked: {absent}", file=sys.stderr)
+        return 0
     findings = judge(checks, reports)
     if world.rank == 0:
         seconds = time.monotonic() - begin

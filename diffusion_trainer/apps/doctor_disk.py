@@ -28,8 +28,11 @@ from diffusion_trainer.apps.findings import (
     time_of,
     warning,
 )
+from diffusion_trainer.callbacks.checkpointing import SAVE_SECONDS
+from diffusion_trainer.callbacks.ema_snapshots import FOLDER as SNAPSHOTS
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import write_tensors
+from diffusion_trainer.training.checkpoints import resumable
 
 WRITTEN_BYTES = 1 << 24  # by each process, to see how fast
 TMPDIR_BYTES = 100_000_000  # for sockets and logs of libraries
@@ -51,14 +54,11 @@ class Folder(Check):
         problem = _unseen(self.run.folder, here.rank == 0, agreement)
         if not here.leads:
             return None
-        at, needed = nearest(self.run.folder), self.run.disk_bytes
-        there = bytes_of_checkpoints(self.run.folder)
-        return {
-            "problem": problem,
-            "path": str(at),
-            "free": shutil.disk_usage(at).free,
-            "needed": max(0, needed - there),
-        }
+        at, folder = nearest(self.run.folder), self.run.folder
+        needed = max(0, self.run.kept_bytes - bytes_of_checkpoints(folder, "checkpoints"))
+        later = max(0, self.run.snapshot_bytes - bytes_of_checkpoints(folder, SNAPSHOTS))
+        free = shutil.disk_usage(at).free
+        return {"problem": problem, "path": str(at), "free": free, "needed": needed, "later": later}
 
     def judge(self, measured: Measured) -> Iterator[Finding]:
         problems = grouped([(p, v["problem"]) for p, v in measured if v["problem"]])
@@ -66,17 +66,21 @@ class Folder(Check):
             yield error(self.name, problem, self.mend, nodes_of(processes))
         _, least = min(measured, key=lambda item: item[1]["free"])
         says = f"{size_of(least['free'])} free in {least['path']}, {size_of(least['needed'])} for checkpoints"
+        says += f", {size_of(least['later'])} for snapshots of averages to the end" if least["later"] else ""
         if least["free"] < least["needed"]:
             mend = "make room, choose another folder=..., or keep fewer: callbacks.checkpoint.keep=1"
             yield error(self.name, says, mend)
+        elif least["free"] < least["needed"] + least["later"]:
+            mend = "make room meanwhile, or take fewer snapshots: a larger every_n_images of theirs"
+            yield warning(self.name, says, mend)
         elif not problems:
             yield ok(self.name, says)
 
 
-def bytes_of_checkpoints(folder: Path) -> int:
-    """Of a run that may be training: a checkpoint that it takes away meanwhile counts no more."""
+def bytes_of_checkpoints(folder: Path, kind: str) -> int:
+    """Of a run that may be training: a checkpoint that it takes away meanwhile counts no more. kind: their folder."""
     total = 0
-    for path in glob("*/images-*/*", root_dir=folder):  # unlike Path's it passes over folders that are gone
+    for path in glob(f"{kind}/images-*/*", root_dir=folder):  # unlike Path's it passes over folders that are gone
         with suppress(FileNotFoundError):
             total += (folder / path).stat().st_size
     return total
@@ -106,7 +110,9 @@ def _unseen(folder: Path, first: bool, agreement: Agreement) -> str | None:
 
 @dataclass(frozen=True)
 class Saving(Check):
-    """How long a checkpoint takes: some megabytes are written just so, by all processes that will write, at once."""
+    """How long a checkpoint takes: as long as the run's last one; before the first some megabytes are written just so,
+    by all processes that will write, at once.
+    """
 
     run: Run
     lead_seconds: float
@@ -115,35 +121,63 @@ class Saving(Check):
     mend = "choose another folder=... that can be written to"
     seconds = 20
 
-    def measure(self, here: Process, agreement: Agreement) -> Mapping[str, float] | None:
+    def measure(self, here: Process, agreement: Agreement) -> Mapping[str, float | None] | None:
         if here.rank and not self.run.sharded:
             return None
-        count = max(4096, min(WRITTEN_BYTES, self.run.checkpoint_bytes) // 4)
-        tensors = {"numbers": torch.rand(count)}  # what can be compressed would be written faster
+        took = None if here.rank else last_save(self.run.folder)
+        most = max(65536, min(WRITTEN_BYTES, self.run.checkpoint_bytes))
         with scratch(self.run.folder) as path:
-            begin = perf_counter()
-            written = write_tensors(path / "numbers", tensors)
-            speed = written.size / (perf_counter() - begin)
-        return {"speed": speed, "bytes": self.run.checkpoint_bytes}
+            # The first, to which all is new, does not count.
+            _, larger, smaller = (_written(path / str(i), size) for i, size in enumerate((most, most, most // 16)))
+        speed, latency = speed_of(*smaller, *larger)
+        return {"speed": speed, "latency": latency, "bytes": self.run.checkpoint_bytes, "took": took}
 
     def judge(self, measured: Measured) -> Iterator[Finding]:
         nodes = grouped([(p, p.node) for p, _ in measured])  # of replicated state only rank 0's
         speeds = {node: sum(v["speed"] for p, v in measured if p.node == node) for node in nodes}
-        total = measured[0][1]["bytes"]
-        takes = max(total / len(nodes) / speed for speed in speeds.values())
-        says = f"a checkpoint of {size_of(total)} takes about {time_of(takes)} ({size_of(sum(speeds.values()))}/s)"
+        total, takes = measured[0][1]["bytes"], measured[0][1]["took"]
+        known, says = takes is not None, f"a checkpoint of {size_of(total)}"
+        if known:
+            says += f" took {time_of(takes)} the last time"
+        else:
+            latency = max(v["latency"] for _, v in measured)
+            takes = max(total / len(nodes) / speed for speed in speeds.values()) + latency
+            says += f" takes about {time_of(takes)} ({size_of(sum(speeds.values()))}/s after {time_of(latency)})"
         lead = f"the signal comes {self.lead_seconds:.0f} s before the end"
         longer = max(60, round(4 * takes))
         mend = (
-            f"submit signal_lead_seconds={longer} (by hand --signal=TERM@{longer} and "
-            f"doctor.signal_lead_seconds={longer}), or choose a faster file system for folder=..."
+            f"submit signal_lead_seconds={longer} (by hand LEAD={longer} sbatch --signal=TERM@{longer} ...), or choose "
+            "a faster file system for folder=..."
         )
         if takes > self.lead_seconds:
-            yield error(self.name, f"{says}; {lead}", mend)
+            yield (error if known else warning)(self.name, f"{says}; {lead}", mend)
         elif 2 * takes > self.lead_seconds:
             yield warning(self.name, f"{says}, twice that if one is being written already; {lead}", mend)
         else:
             yield ok(self.name, f"{says}; {lead}")
+
+
+def last_save(folder: Path) -> float | None:
+    """Seconds; None before the first. UserError where no checkpoint of the run is whole."""
+    newest = resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
+    return newest.manifest["state"].get(SAVE_SECONDS) if newest else None
+
+
+def _written(path: Path, size: int) -> tuple[int, float]:
+    """Bytes, and the seconds that they took."""
+    tensors = {"numbers": torch.rand(size // 4)}  # what can be compressed would be written faster
+    begin = perf_counter()
+    return write_tensors(path, tensors).size, perf_counter() - begin
+
+
+def speed_of(small: int, its_seconds: float, large: int, seconds: float) -> tuple[float, float]:
+    """Bytes per second, and the seconds that a file of any size takes besides; all of them the former's where the
+    larger of two files was not the slower one.
+    """
+    if seconds <= its_seconds:
+        return large / seconds, 0.0
+    speed = (large - small) / (seconds - its_seconds)
+    return speed, max(0.0, its_seconds - small / speed)
 
 
 @dataclass(frozen=True)

@@ -98,27 +98,24 @@ class Run:
         return isinstance(self.part("strategy"), Zero)
 
     @property
-    def disk_bytes(self) -> int:
-        """The checkpoints that are kept, the one that is being written, and the snapshots of averages to the end."""
-        count, total = self.config["num_images"], 0
-        for callback in self.part("callbacks").values():
-            if isinstance(callback, Checkpointing):
-                total += (callback.keep + 1) * self.checkpoint_bytes
-            if isinstance(callback, EmaSnapshots):
-                each = 4 * self.parameters * len(lengths(self.part("ema")))
-                total += (count // callback.every_n_images + 1) * each
-        return total
+    def kept_bytes(self) -> int:
+        """The checkpoints that are kept, and the one that is being written."""
+        callbacks = self.part("callbacks").values()
+        return sum((c.keep + 1) * self.checkpoint_bytes for c in callbacks if isinstance(c, Checkpointing))
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """All snapshots of averages to the end."""
+        each, count = 4 * self.parameters * len(lengths(self.part("ema"))), self.config["num_images"]
+        callbacks = self.part("callbacks").values()
+        return sum((count // c.every_n_images + 1) * each for c in callbacks if isinstance(c, EmaSnapshots))
 
     @property
     def host_bytes(self) -> int:
         """Of a node's memory: batches on their way, what is copied to be saved, and on a CPU the model's state."""
-        loader = self.loader
-        slots = loader.workers * (loader.prefetch + 2) if loader.workers else 1
-        kinds = [loader.decoder.entries(loader.layout.size, shape) for shape in loader.shapes]
-        ring = slots * max(sum(entry.size for entry in entries) for entries in kinds)
         state = self.checkpoint_bytes // (self.nodes if self.sharded else 1)  # of a node
         strategy = self.part("strategy")
-        total = self.local_size * ring + state
+        total = self.local_size * self.loader.ring_bytes + state
         if not self.gpu:
             gradients_and_weights = 8 * self.parameters * self.local_size
             total += gradients_and_weights + (state if self.sharded else state * self.local_size)

@@ -79,7 +79,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 def check_drawing(config: Mapping[str, Any]) -> None:
     """UserError if sampler, variance and the statistics that they read do not go together, or not with the model."""
-    check_sampling(config)
+    check_sampling(config, config["accelerator"])
     statistics.check_bound(config, build(config["sampler"], "sampler", config["allowed_targets"]).x_0_bound)
 
 

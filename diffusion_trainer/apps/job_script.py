@@ -77,7 +77,6 @@ def setup(
     config: Mapping[str, Any], python: str, cwd: Path, folder: Path, again: str, arguments: Sequence[str]
 ) -> list[str]:
     """Lines of bash. again: the command that submits this run; arguments: those of train."""
-    doctor = f"doctor.signal_lead_seconds={config['signal_lead_seconds']}" if config["doctor"] else ""
     command = f"{config['container'] or ''} {shlex.quote(config['python'] or python)}".strip()
     return [
         *config["setup"],
@@ -86,7 +85,8 @@ def setup(
         f"cd {shlex.quote(str(cwd))}",
         f"python=({command})",
         f"max_starts={config['max_starts']}",
-        f"doctor={doctor}",
+        f"doctor={str(config['doctor']).lower()}",
+        f"lead={config['signal_lead_seconds']}",
         f"folder={shlex.quote(str(folder))}",
         f"files={shlex.quote(str(folder / 'logs'))}/slurm-$SLURM_JOB_ID",
         f"again={shlex.quote(again)}",

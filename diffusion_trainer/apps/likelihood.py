@@ -17,7 +17,7 @@ from diffusion_trainer.apps.finished import MODEL, ModelConfig, written
 from diffusion_trainer.apps.initial import run_of
 from diffusion_trainer.apps.measuring import Measuring, measuring
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import check_variance
+from diffusion_trainer.apps.parts import check_precision, check_variance
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.real import images_of
 from diffusion_trainer.evaluation.writing import whole
@@ -46,7 +46,8 @@ def check(overrides: Sequence[str]) -> dict:
     config = _load(overrides)
     if config["batch_size"] < 1 or (config["n"] is not None and config["n"] < 1):
         raise UserError(f"n={config['n']} and batch_size={config['batch_size']} must be positive")
-    build(config["likelihood"], "likelihood", config["allowed_targets"])
+    likelihood = build(config["likelihood"], "likelihood", config["allowed_targets"])
+    check_precision(config, config["accelerator"], "likelihood", likelihood)
     check_variance(config)
     if statistics.BOUND in config["likelihood"]:  # a flow has none: it reads no variance
         statistics.check_bound(config, config["likelihood"][statistics.BOUND])

@@ -12,6 +12,8 @@ from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.objectives.base import Objective
+from diffusion_trainer.sampling.likelihood import Likelihood
+from diffusion_trainer.sampling.solvers import Solver
 from diffusion_trainer.training.model import Model, missing_for_compile
 
 
@@ -109,15 +111,27 @@ def generator_of(
     return Generator(denoiser, schedule, sampler, variance, guidance, data.image_shape, device, seed)
 
 
-def check_sampling(config: Mapping[str, Any]) -> None:
-    """UserError if sampler, schedule, prediction and variance do not go together."""
+def check_sampling(config: Mapping[str, Any], accelerator: str = "cpu") -> None:
+    """UserError if sampler, schedule, prediction, variance and precision do not go together."""
     allowed = config["allowed_targets"]
     objective, sampler, variance = (build(config[g], g, allowed) for g in ("objective", "sampler", "variance"))
     try:
         sampler.plan(objective.schedule.frozen(), variance)
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
+    check_precision(config, accelerator, "sampler.solver", sampler.solver)
     check_variance(config)
+
+
+def check_precision(config: Mapping[str, Any], accelerator: str, key: str, method: Solver | Likelihood) -> None:
+    """UserError, of the key, if the method cannot work with a network of that precision. A login node's `auto` is fp32:
+    it has no GPU.
+    """
+    device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    try:
+        method.check(dtype_of(config["precision"], device))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def check_variance(config: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ def _train(config: Mapping[str, Any], folder: Path, world: World, start: Start) 
     begin = _Begin(config, folder, module, strategy, callbacks, start)
     trainer = trainer_settings.build(
         strategy, world.nodes, world.local_size, world.environment(), progress.num_images // progress.batch_size,
-        [begin, *callbacks], [], folder,
+        [begin, *callbacks, _End(begin)], [], folder,
     )  # fmt: skip
     layout = Layout(progress.batch_size, world.size, world.rank, trainer_settings.accumulate_grad_batches)
 
@@ -159,8 +159,6 @@ class _Begin(Callback):
         self.on_train_start(trainer, module)
         for callback in self.callbacks:
             callback.on_train_start(trainer, module)
-        signals = self.run.agreement.gather(self.run.stop_signal)  # no step follows, after which they would agree
-        self.run.stop_signal = max((s for s in signals if s is not None), default=None)
         for callback in self.callbacks:
             callback.on_train_end(trainer, module)
 
@@ -177,16 +175,32 @@ class _Begin(Callback):
         generator = partial(generator_of, config, module.model, module.objective, device, seed)
         state["provenance"] = provenance(config, str(device))
         prepared = evaluation.prepare(device, agreement, module.model.conditioning) if evaluation else None
-        self.run = Run(self.folder, module, trainer, agreement, sharding, generator, prepared, state)
+        self.run = Run(
+            self.folder, module, trainer, agreement, sharding, generator, prepared, state, module.images_seen
+        )
         for callback in self.callbacks:
             callback.run = self.run
 
     def exit_code(self) -> int:
-        number = self.run.stop_signal if self.run else None
-        if number is None:  # a stop in the same step comes first: the disk has gone back already
-            return processes.ROLLED_BACK if self.run and self.run.rolled_back else 0
-        self.run.say(f"  stopped at {self.run.images_seen:,} images; run the same command again to go on from there")
-        return 128 + number
+        run = self.run
+        if run is None:
+            return 0
+        if run.stop_signal is None:  # a stop in the same step comes first: the disk has gone back already
+            return processes.ROLLED_BACK if run.rolled_back else 0
+        saved = "" if run.saved_at == run.images_seen else f", {run.saved_at:,} of them saved"
+        run.say(f"  stopped at {run.images_seen:,} images{saved}; run the same command again to go on from there")
+        return 128 + run.stop_signal
+
+
+class _End(Callback):
+    """Last of the callbacks: raises what has kept the run from its end, once all others have had their turn there."""
+
+    def __init__(self, begun: _Begin):
+        self.begun = begun
+
+    def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        if self.begun.run.failure is not None:
+            raise self.begun.run.failure
 
 
 def provenance(config: Mapping[str, Any], device: str) -> dict[str, Any]:

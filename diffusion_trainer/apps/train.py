@@ -114,7 +114,7 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
             "sampler=optimal_trajectory in sample and evaluate"
         )
     check_heartbeat(config, world)
-    check_sampling(config)
+    check_sampling(config, config["trainer"]["accelerator"])
     folders.check(folder, config)
     data = build(config["data"], "data", allowed)
     check_data(config, data)

@@ -16,7 +16,7 @@ from diffusion_trainer.process.denoiser import MAX_KNOWN, Denoiser
 from diffusion_trainer.process.levels import Level, level_of_log_snr
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import Estimate
-from diffusion_trainer.sampling.guidance import WeakModel
+from diffusion_trainer.sampling.guidance import Guided, WeakModel
 from diffusion_trainer.training.checkpoints import Checkpoint
 
 
@@ -42,10 +42,9 @@ class CheckpointModel(WeakModel):
 
 
 @dataclass(frozen=True)
-class Conditional(Denoiser):
+class Conditional(Guided):
     """A model that must be told a condition; UserError when the one that it guides has none to pass on."""
 
-    inner: Denoiser
     checkpoint: str
 
     def __call__(self, x_t: Tensor, level: Level, condition: Tensor | None) -> Estimate:
@@ -56,21 +55,14 @@ class Conditional(Denoiser):
             )
         return self.inner(x_t, level, condition)
 
-    def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
-        self.inner.prepare(levels, device)
-
-    def null(self, condition: Tensor | None) -> Tensor | None:
-        return self.inner.null(condition)
-
 
 @dataclass(frozen=True)
-class OnItsSchedule(Denoiser):
+class OnItsSchedule(Guided):
     """A denoiser asked at any schedule's levels: at the same SNR x_t / alpha has the same law on all schedules.
 
     So it is shown x_t in the scale of its own schedule at that SNR, within its own range.
     """
 
-    inner: Denoiser
     schedule: Schedule
     _known: dict[Level, tuple[Level, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -98,6 +90,3 @@ class OnItsSchedule(Denoiser):
             return own, own.sigma / level.sigma
         own = own if own.t >= low else self.schedule.level_at(low)
         return own, own.alpha / level.alpha
-
-    def null(self, condition: Tensor | None) -> Tensor | None:
-        return self.inner.null(condition)

@@ -6,7 +6,7 @@ from types import FrameType
 from diffusion_trainer.callbacks.run import DISK, SAVE, STOP, RunCallback, crossed
 from diffusion_trainer.conventions import PassingError
 from diffusion_trainer.training.agreement import Agreement
-from diffusion_trainer.training.saving import Saver
+from diffusion_trainer.training.saving import NotRemoved, Saver
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAVE_SECONDS = "save_seconds"  # in the run's state: what the checkpoint before took
@@ -25,7 +25,7 @@ class Checkpointing(RunCallback):
     The handler only sets a flag. After each step the ranks agree on it; then all save and stop. A second SIGINT stops
     at once. SIGHUP that was ignored (nohup) stays so. A checkpoint is copied between two steps and written while
     training goes on, or while an evaluation is under way, which its step's checkpoint is copied before. One that cannot
-    be written (a full disk) is an alert and training goes on.
+    be written (a full disk) is an alert and training goes on; that of the end or of a stop is tried twice.
     """
 
     turn = SAVE
@@ -38,8 +38,8 @@ class Checkpointing(RunCallback):
     def start(self) -> None:
         run = self.run
         run.save_seconds = run.state.get(SAVE_SECONDS)
-        self._saved_at: int | None = run.images_seen  # the run begins with what is on the disk, or with no step
-        self._saving_at = self._saved_at  # what is being written now
+        self._saving_at: int | None = None  # what is being written now
+        self._told = ""  # the last alert: that of the same save, tried again, is none
         self._reserved = self._interrupted = self._over = False
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
         self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep, reach=run.reach_images)
@@ -78,50 +78,58 @@ class Checkpointing(RunCallback):
     def save(self) -> None:
         """What there is to save now is on the disk, or it has been said why not. All ranks must call it."""
         self.settle()
-        if self._saved_at != self.run.images_seen:
+        if self.run.saved_at != self.run.images_seen:
             self._begin()
             self.settle()
 
     def _begin(self) -> None:
         self.settle()
         run = self.run
-        for callback in run.trainer.callbacks:
-            if isinstance(callback, RunCallback):
-                callback.before_save()
+        callbacks = [callback for callback in run.trainer.callbacks if isinstance(callback, RunCallback)]
+        for callback in callbacks:
+            callback.before_save()
         if run.rolled_back:
             return  # what is left is not to be gone on from
         if run.first:
             for logger in run.trainer.loggers:
                 logger.save()  # what a full disk has kept back: who goes on from here does not log it again
+            for callback in callbacks:
+                callback.catch_up()
         with run.aside():
             self._saver.begin(run.images_seen, run.state)
         self._saving_at, self._reserved = run.images_seen, True
 
     def settle(self) -> None:
         """Waits for the save that is being written, and says what became of it."""
-        run = self.run
+        run, saved_at, self._saving_at = self.run, self._saving_at, None
         run.beat("the wait for a checkpoint", SAVE_TIMEOUT_SECONDS)
         try:
             with run.aside():
                 self._saver.wait()
-            if self._saving_at != self._saved_at:
-                run.save_seconds = run.state[SAVE_SECONDS] = self._saver.seconds
-            self._saved_at = self._saving_at
         except OSError as error:
-            run.alert(DISK, str(error))
-        self._saving_at = self._saved_at
+            self._tell(str(error))
+            if not isinstance(error, NotRemoved):
+                saved_at = None
+        if saved_at is not None:
+            run.saved_at = saved_at
+            run.save_seconds = run.state[SAVE_SECONDS] = self._saver.seconds
         run.beat("what follows a step")
 
+    def _tell(self, error: str) -> None:
+        if error != self._told:
+            self.run.alert(DISK, error)
+        self._told = error
+
     def on_train_end(self, trainer, module) -> None:
-        """PassingError if the end of the run cannot be written."""
+        """run.failure if the end of the run cannot be written."""
         run = self.run
-        done = run.images_seen >= run.module.progress.num_images and run.stop_signal is None and not run.rolled_back
-        self.save() if done else self.settle()  # what could not be written perhaps can, now
+        self.settle() if run.rolled_back else self.save()  # what could not be written perhaps can, now
         self._over = True
-        if done and self._saved_at != run.images_seen:
-            raise PassingError(
-                "the last checkpoint could not be written (see above). Make room, and run the same command again: "
-                "it goes on from the one before"
+        run.agree_on_stop()  # a signal may have come to one rank since the last step
+        if run.saved_at != run.images_seen and run.stop_signal is None and not run.rolled_back:
+            run.failure = PassingError(
+                f"the last checkpoint, of {run.images_seen:,} images, could not be written (see above). Make room, and "
+                f"run the same command again: it goes on from {run.saved_at:,}, the one before"
             )
         if run.first and run.stop_signal is None and not run.rolled_back:
             (run.folder / STOP).unlink(missing_ok=True)  # made too late to be seen, and the run is done

@@ -22,7 +22,7 @@ class CsvLogger(RunLogger):
         self._rows = {int(row["images_seen"]): row for row in rows if int(row["images_seen"]) <= started_at}
         self._columns = list(dict.fromkeys(key for row in self._rows.values() for key in row))
         self._whole = False  # whether the file holds exactly the rows and columns known here
-        self._behind = False  # whether it lacks a row that could not be written
+        self._lacking: set[int] = set()  # images of the rows that could not be written
 
     @property
     def name(self) -> str:
@@ -35,13 +35,15 @@ class CsvLogger(RunLogger):
         self._columns += new
         last = step > max(self._rows, default=-1)
         self._rows[step] = self._rows.get(step, {}) | row
-        append, self._whole, self._behind = self._whole and last and not new, False, True
+        append, self._whole = self._whole and last and not new, False
+        self._lacking.add(step)
         if append:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns, restval="").writerow(row)
         else:
             self._write()
-        self._whole, self._behind = True, False
+        self._whole = True
+        self._lacking.clear()
 
     def _write(self) -> None:
         with whole(self.path) as part, part.open("w", newline="") as file:
@@ -50,14 +52,25 @@ class CsvLogger(RunLogger):
             writer.writerows(self._rows[images] for images in sorted(self._rows))
 
     def save(self) -> None:
-        """Writes what could not be written, if that can be done now. (That it could not has been said.)
-
-        Before each checkpoint, and by Lightning at the end.
+        """Before each checkpoint: writes what could not be written, if that can be done now. (That it could not has
+        been said.)
         """
-        if self._behind:
-            with suppress(OSError):
-                self._write()
-                self._whole, self._behind = True, False
+        with suppress(OSError):
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        if self._lacking:
+            self._write()
+            self._whole = True
+            self._lacking.clear()
+
+    def finalize(self, status: str) -> None:
+        """Says what is lacking for good."""
+        try:
+            self._catch_up()
+        except OSError as error:
+            count = len(self._lacking)
+            print(f"  WARNING: {self.path} lacks {count:,} rows, which could not be written: {error}", flush=True)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -1,6 +1,8 @@
 """Damaged samples: counted, listed, and too many of them stop the run."""
 
 import csv
+import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -34,23 +36,27 @@ class CountDamage(RunCallback):
 
     def start(self) -> None:
         run, self._began = self.run, self.run.images_seen
-        kept = run.state.get(KEY, {"counts": {}, "new": []})
+        kept = {"counts": {}, "new": [], "unlisted": [], **run.state.get(KEY, {})}
         self._before: Counter[str] = Counter(kept["counts"])  # by kind, of the run until now
         self._counts: Counter[str] = Counter()  # by kind, of this process
         self._shards: Counter[tuple[str, str]] = Counter()  # by kind and shard, of this process
-        self._new = [(at, Found(*found)) for at, found in kept["new"]] if run.first else []  # with the images seen then
-        self._unlisted: list[tuple[int, Found]] = []  # on a disk that was full
+        # With the images seen then: what is not yet counted, and (of the first rank) not yet listed, on a full disk.
+        self._new, self._unlisted = (
+            [(at, Found(*found)) for at, found in kept[name]] if run.first else [] for name in ("new", "unlisted")
+        )
         self._listed = self._forget_after(self._began) if run.first else set()
 
     def before_save(self) -> None:
-        found = [f for share in self.run.agreement.gather(self._new) for f in share]
-        self.run.state[KEY] = {"counts": self._before + self._counts, "new": found}
+        shares = self.run.agreement.gather((self._new, self._unlisted))
+        new, unlisted = ([f for share in kind for f in share] for kind in zip(*shares, strict=True))
+        self.run.state[KEY] = {"counts": self._before + self._counts, "new": new, "unlisted": unlisted}
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
         if "error" in batch:  # this rank alone ends here: the others cannot be asked, and may not have come so far
             found = [*self._new, *self._at(batch.get("damage", ()))]
+            with self.run.going_on(LIST):  # the error of the data is what is to be told
+                self._write([*self._unlisted, *found])
             if found:
-                self._write(found)
                 self._tell(found)
                 self._log()
 
@@ -85,9 +91,9 @@ class CountDamage(RunCallback):
         found = [f for share in self.run.agreement.gather(self._new) for f in share]
         self._new = []
         if found:
-            self._unlisted += found
             self._tell(found)
-        if self._unlisted and self.run.first:
+        if self.run.first:
+            self._unlisted += found
             with self.run.going_on(LIST):
                 self._write(self._unlisted)
                 self._unlisted = []
@@ -107,13 +113,24 @@ class CountDamage(RunCallback):
         self.run.log({"data/damaged": sum(counts.values()), **{f"data/damaged_{k}": n for k, n in counts.items()}})
 
     def _write(self, found: Sequence[tuple[int, Found]]) -> None:
-        path = self.run.folder / LIST
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            rows = csv.writer(file)
-            if new:
+        """All of it; or, with an OSError, none."""
+        if not found:
+            return
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        with (self.run.folder / LIST).open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            if not before:
                 rows.writerow(HEAD)
             rows.writerows(row for row in map(_row, sorted(found)) if row not in self._listed)
+            left = text.getvalue().encode(errors="backslashreplace")
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
 
     def _forget_after(self, images_seen: int) -> set[tuple[str, ...]]:
         """What the list goes on from. A lost step will find its damage again, and a stop has listed what is yet to be

@@ -39,6 +39,7 @@ class Evaluating(RunCallback):
     def start(self) -> None:
         run, now = self.run, self.run.images_seen
         self._pictures: list[tuple[int, Image]] = []  # that could not be written yet, with their images seen
+        self._unreported = False  # whether metrics.json could not be written
         (written, *_) = run.agreement.gather(_written(run.folder) if run.first else [])
         self.history = _history(run.state, written, now)
         run.state["evaluations"] = self.history
@@ -102,8 +103,13 @@ class Evaluating(RunCallback):
                 pictures.save(picture, folder / "samples.png")
                 self._pictures.pop(0)
 
-    def on_train_end(self, trainer, module) -> None:
+    def catch_up(self) -> None:
         self._save_pictures()
+        if self._unreported:
+            self._report()
+
+    def on_train_end(self, trainer, module) -> None:
+        self.catch_up()
 
     def _report(self) -> None:
         """metrics.json: the last evaluation, the history, and what they were measured with."""
@@ -119,8 +125,11 @@ class Evaluating(RunCallback):
             "history": self.history,
         }
         if run.first:
-            with run.going_on(REPORT), whole(run.folder / REPORT) as part:
-                part.write_text(json.dumps(report, indent=2) + "\n")
+            self._unreported = True
+            with run.going_on(REPORT):
+                with whole(run.folder / REPORT) as part:
+                    part.write_text(json.dumps(report, indent=2) + "\n")
+                self._unreported = False
 
 
 def owed(callbacks: Sequence[RunCallback], folder: Path, checkpoint: Checkpoint) -> bool:

@@ -112,7 +112,7 @@ class Guarding(RunCallback):
         what = "gradient" if isfinite(loss) else "loss"
         self.run.alert("step not taken", f"the {what} at {at:,} images was not finite: that step was not taken")
         if self._in_a_row >= self.skipped_in_a_row:  # none of them has changed a weight: any checkpoint will do
-            self._go_back(at, f"{self._in_a_row} steps in a row had gradients that are not finite")
+            self._go_back(at, f"{self._in_a_row} steps in a row had a loss or a gradient that is not finite")
 
     def _count(self, at: int) -> None:
         self._skipped += 1  # logged at the end of that step, whenever it is judged: so with a restart as without
@@ -146,6 +146,7 @@ class Guarding(RunCallback):
         problems = run.agreement.gather(self._leave_out(found, images, reason) if run.first else None)
         if problems[0]:
             raise UserError(f"{where}; going back to {images:,} failed: {problems[0]}")
+        run.saved_at = images
         run.alert("rollback", f"{where}: going back to {images:,}, and on with the data after these")
         run.stopping = run.rolled_back = run.trainer.should_stop = True
 

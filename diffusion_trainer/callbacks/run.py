@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from diffusion_trainer.conventions import PassingError
 from diffusion_trainer.evaluation.evaluation import Prepared
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.agreement import Agreement
@@ -35,11 +36,13 @@ class Run:
     generator: Callable[[], Generator]  # of the weights as they are when it is called
     evaluation: Prepared | None
     state: dict[str, Any] = field(default_factory=dict)  # saved with each checkpoint
+    saved_at: int = 0  # images of the newest checkpoint; the run begins with what is on the disk, or with no step
     stop_signal: int | None = None  # that this rank has received
     save: Callable[[], None] = lambda: None  # a checkpoint now: for all ranks at once
     settle: Callable[[], None] = lambda: None  # waits until what was to be saved is on the disk
     stopping: bool = False  # whether the training ends after this step
     beat: Callable[..., None] = lambda doing, allowed_seconds=0.0: None  # a sign of life (see Heartbeat)
+    failure: PassingError | None = None  # why it has not come to its end, raised once all callbacks have had their turn
     rolled_back: bool = False  # it does because the run goes back to an earlier checkpoint
     aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training
     save_seconds: float | None = None  # that writing the last checkpoint took
@@ -70,10 +73,15 @@ class Run:
     def stop(self) -> None:
         """Ends the training, saved, after this step. All ranks must call it, once one of them is told to stop."""
         self.save()
-        self.stop_signal = max(s or 0 for s in self.agreement.gather(self.stop_signal))
+        self.agree_on_stop()
         self.stopping = self.trainer.should_stop = True
         if self._by_file:
             (self.folder / STOP).unlink(missing_ok=True)
+
+    def agree_on_stop(self) -> None:
+        """The same signal on all ranks, if any has one. All ranks must call it."""
+        signals = self.agreement.gather(self.stop_signal)
+        self.stop_signal = max((s for s in signals if s is not None), default=None)
 
     def answer(self, callback: "RunCallback") -> list[float]:
         """The means over the ranks of what the callback's `ask` says after this step.
@@ -155,6 +163,9 @@ class RunCallback(Callback):
         """Before each checkpoint, on all ranks: what it keeps of this callback must be in the run's state. The turn of
         such a callback must be before SAVE, or the checkpoint lacks what the step has added.
         """
+
+    def catch_up(self) -> None:
+        """Before each checkpoint, on rank 0: writes what a full disk has kept back, if there is room now."""
 
     def close(self) -> None:
         """Once, at the end of a run that did not fail, when the loggers have written what they had to."""

@@ -47,7 +47,7 @@ def check_reachable(rtol: float, atol: float, precision: torch.dtype) -> None:
     """UserError for tolerances below the rounding of estimates."""
     if rtol + atol < _rounding(precision):
         raise UserError(
-            f"dopri5: rtol={rtol} and atol={atol} cannot be met in {precision}, whose rounding is "
+            f"rtol={rtol} and atol={atol} of dopri5 cannot be met in {precision}, whose rounding is "
             f"{_rounding(precision):.1e}: make one larger, or use a finer precision (precision=fp32 for a network)"
         )
 

@@ -34,7 +34,7 @@ class DDIM(Solver):
 
     def __post_init__(self):
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"DDIM: eta must lie in [0, 1], not {self.eta}")
+            raise ValueError(f"eta must lie in [0, 1], not {self.eta}")
 
     @property
     def deterministic(self) -> bool:

@@ -136,6 +136,12 @@ class AutoGuidance(Guidance):
 class _AutoGuidedDenoiser(Guided):
     guidance: AutoGuidance
 
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarser of the two, once the weak model is loaded."""
+        weak = (denoiser.precision for denoiser in self.guidance._loaded.values())
+        return max(self.inner.precision, *weak, key=lambda dtype: torch.finfo(dtype).eps)
+
     def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
         self.inner.prepare(levels, device)
         self.guidance.weak_denoiser(device).prepare(levels, device)
@@ -176,6 +182,10 @@ class _IntervalDenoiser(Guided):
     guided: Denoiser
     low: float
     high: float
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self.guided.precision
 
     def prepare(self, levels: Sequence[Level], device: torch.device) -> None:
         self.guided.prepare(levels, device)  # whose innermost is `inner`

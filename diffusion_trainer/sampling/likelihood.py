@@ -19,6 +19,9 @@ from diffusion_trainer.sampling.solvers import Noise
 
 
 class Likelihood(ABC):
+    def check(self, precision: torch.dtype) -> None:  # noqa: B027 (the bound can)
+        """UserError if the method cannot work with estimates that are rounded to that."""
+
     @abstractmethod
     def __call__(
         self,
@@ -86,6 +89,9 @@ class FlowLikelihood(Likelihood):
             raise ValueError(f"probes must be at least 1, or 0 for the exact divergence, not {self.probes}")
         check_tolerances(self.rtol, self.atol)
 
+    def check(self, precision):
+        check_reachable(self.rtol, self.atol, precision)
+
     def __call__(self, denoiser, schedule, variance, pixels, condition, noise):
         """Terms: "prior", "flow" and "dequantization" (log q). `variance` is unused: a flow has no reverse variance."""
         clean = levels(schedule, schedule.t_range[:1])[0]
@@ -99,7 +105,7 @@ class FlowLikelihood(Likelihood):
         """x_0: (B, ...), real-valued, handed to the denoiser in its dtype -> "prior" and "flow", (B,) float64 in nats;
         their sum is -log p(x_0).
         """
-        check_reachable(self.rtol, self.atol, denoiser.precision)
+        self.check(denoiser.precision)
         flow, pair = Flow(schedule, *levels(schedule, schedule.t_range)), pair_of(self, schedule)
         p_min, p_T, dim = in_flow(flow.start).u, in_flow(flow.end).u, x_0[0].numel()
         probes = self._probes(x_0, noise)

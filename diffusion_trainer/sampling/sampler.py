@@ -122,8 +122,8 @@ class Sampler:
 
     def _denoise(self, denoiser, condition, seen: list[Estimate | None], asked: Sequence[Level], device) -> Denoise:
         """What the steps ask, at the levels `asked` as far as they are planned; UserError for a denoiser too coarse."""
-        self.solver.check(denoiser.precision)
         denoiser.prepare(asked, device)
+        self.solver.check(denoiser.precision)  # known only then where another model guides
         bound = self.x_0_bound
 
         def denoise(x: Tensor, level: Level) -> Estimate:

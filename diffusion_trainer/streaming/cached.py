@@ -9,14 +9,14 @@ from typing import Any
 
 import fsspec.asyn
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import Truncated
 from diffusion_trainer.streaming.fetching import Part
 from diffusion_trainer.streaming.files import Files
 from diffusion_trainer.streaming.files import pieces as pieces_of
 from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index
 from diffusion_trainer.streaming.remote import Gone, Remote, globbed, read
-from diffusion_trainer.streaming.retries import Retries, Sick
+from diffusion_trainer.streaming.retries import AGAIN, Retries, Sick
 from diffusion_trainer.streaming.stores import LocalStore, Store, content, is_glob, listing, matching, remedy
 from diffusion_trainer.streaming.urls import Location, expanded, is_pipe, is_url, located
 
@@ -59,12 +59,19 @@ class CachedStore(Store):
     def read(self, shard: Shard, offset: int, into: memoryview) -> None:
         if not is_url(shard.url):
             return self._local.read(shard, offset, into)
-        return self._read(shard, offset, into)
+        try:
+            return self._read(shard, offset, into)
+        except (Truncated, OSError):  # perhaps of the entry alone
+            self.read_again(shard, offset, into)
 
     def read_again(self, shard: Shard, offset: int, into: memoryview) -> None:
         """Pieces have no checksum of their own, and disks of nodes rot: fetched once more, it is believed."""
-        if is_url(shard.url):
+        if not is_url(shard.url):
+            return
+        try:
             self._read(shard, offset, into, again=True)
+        except OSError as error:
+            raise PassingError(f"data.store.cache={self.cache} cannot be read: {error}. {AGAIN}") from error
 
     def _read(self, shard: Shard, offset: int, into: memoryview, again: bool = False) -> None:
         end, done = min(offset + len(into), shard.size), 0

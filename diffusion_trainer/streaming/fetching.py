@@ -14,7 +14,7 @@ from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, SIZES, Shard
 from diffusion_trainer.streaming.remote import Gone, NoRange, Remote, TooMuch
 from diffusion_trainer.streaming.retries import Retries, Sick, Twice
 from diffusion_trainer.streaming.stores import stale
-from diffusion_trainer.streaming.tar import BLOCK, is_header
+from diffusion_trainer.streaming.tar import BLOCK, is_tar
 from diffusion_trainer.streaming.urls import located
 
 SIDECARS: Mapping[str, tuple[int, int]] = {
@@ -130,8 +130,8 @@ class Attempt:
         part = self.part
         if came.size == part.size:
             return
-        is_page = came.head.lstrip().lower().startswith(PAGES)
-        if is_page or (not part.first and not part.suffix and not _is_tar(came.head)):
+        inside = part.first or part.suffix  # of which nobody knows how it should begin
+        if came.head.lstrip().lower().startswith(PAGES) if inside else not is_tar(came.head):
             raise Sick(f"no tar: {came.size} bytes came that begin with {came.head[:40]!r}")
 
     def _check_end(self, came: Came) -> None:
@@ -167,8 +167,3 @@ def _measured(path: Path) -> Came:
                 head = head or data[:BLOCK]
                 size, crc32 = size + len(data), isal_zlib.crc32(data, crc32)
     return Came(size, crc32, head)
-
-
-def _is_tar(head: bytes) -> bool:
-    """Or the end mark of an empty one."""
-    return len(head) >= BLOCK and (is_header(head[:BLOCK]) or not any(head[:BLOCK]))

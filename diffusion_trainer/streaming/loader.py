@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import Found, Hopeless
 from diffusion_trainer.streaming.fields import Decoder
-from diffusion_trainer.streaming.ring import Ring
+from diffusion_trainer.streaming.ring import Entry, Ring, slot_bytes
 from diffusion_trainer.streaming.workers import DeadWorker, pieces
 
 LENDABLE = 2  # batches of a worker: one in the step, one that has been fetched for the next
@@ -93,7 +94,10 @@ class Loader:
 
     Each is {field: tensor or list, first: number of its first sample, samples: (B, 2) int64, the shards and samples in
     them that were used, damage: a list of Found}. What stops the run comes as {error: its message, passing: whether it
-    is a PassingError, damage: a list of Found} instead.
+    is a PassingError, damage: a list of Found} instead, and is the last.
+
+    Without a GPU the arrays of a batch are memory shared with the workers, written again once this process drops them:
+    what a forked process is to keep, clone before the fork.
     """
 
     source: Callable[[Ring], Dataset]  # of pieces, or a Stop
@@ -108,11 +112,26 @@ class Loader:
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def kinds(self) -> list[list[Entry]]:
+        """What a slot of the ring may have to hold."""
+        return [self.decoder.entries(self.layout.size, shape) for shape in self.shapes]
+
+    @property
+    def lendable(self) -> int:
+        return 0 if torch.cuda.is_available() else LENDABLE  # a GPU wants pinned memory, which is a copy
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Of the ring: workers, and slots of each."""
+        return max(1, self.workers), (self.prefetch if self.workers else 0) + 1 + self.lendable
+
+    @property
+    def ring_bytes(self) -> int:
+        return prod(self.slots) * slot_bytes(self.kinds)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        kinds = [self.decoder.entries(self.layout.size, shape) for shape in self.shapes]
-        lendable = 0 if torch.cuda.is_available() else LENDABLE  # a GPU wants pinned memory, which is a copy
-        depth = (self.prefetch if self.workers else 0) + 1 + lendable
-        ring = Ring(max(1, self.workers), depth, kinds, lendable)
+        ring = Ring(*self.slots, self.kinds, self.lendable)
         loader = DataLoader(
             self.source(ring),
             batch_size=None,
@@ -124,11 +143,11 @@ class Loader:
             multiprocessing_context="fork" if self.workers else None,  # the ring is mapped in both
         )
         try:
-            for item, piece in zip(self.items, pieces(loader), strict=False):  # an error is the last piece
-                if isinstance(piece, Stop):
+            for item, piece in zip(self.items, pieces(loader), strict=False):
+                if isinstance(piece, Stop):  # the last, whatever other workers have made
                     yield piece.batch()
-                else:
-                    yield self._batch(item, piece, ring)
+                    return
+                yield self._batch(item, piece, ring)
         except DeadWorker as death:
             yield Stop.of(death).batch()
 

@@ -1,5 +1,6 @@
 """A plain webdataset pipeline, for shards that nobody can index."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,7 +20,7 @@ from diffusion_trainer.streaming.loader import Filled, Layout, Loader, Piece, St
 from diffusion_trainer.streaming.remote import Gone, NothingThere, Remote, check_there
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.ring import Ring
-from diffusion_trainer.streaming.streams import samples
+from diffusion_trainer.streaming.streams import GZIP, samples
 from diffusion_trainer.streaming.urls import expanded, is_pipe
 
 MAX_BAD = 1000  # failures in a row, of samples or shards
@@ -58,12 +59,22 @@ class WebDatasetPipeline(Data):
             raise ValueError("shuffle_buffer, prefetch and max_sample_bytes must be positive, num_workers not negative")
         if not self.allow_pipe and any(is_pipe(url) for url in self.urls):
             raise ValueError("a shard's pipe: runs a shell command; set allow_pipe=true if that is what you want")
+        self._check_names()
         _ = self.remote, self.patience  # what they refuse is refused before a run begins
 
     @cached_property
     def urls(self) -> list[str]:
         patterns = [self.shards] if isinstance(self.shards, str) else self.shards
         return [url for pattern in patterns for url in expanded(pattern)]
+
+    def _check_names(self) -> None:
+        if not self.urls or "" in self.urls:
+            raise ValueError("shards names none; give paths, URLs or braces: x-{000..099}.tar")
+        for url in self.urls:
+            if "*" in url and not is_pipe(url) and not os.path.exists(url):
+                raise ValueError(f"shards: {url}: * names nothing here; use braces, x-{{000..099}}.tar, or a list")
+            if not url.endswith((".tar", *GZIP)) and os.path.isdir(url):  # there may be a hundred thousand to look at
+                raise ValueError(f"shards: {url} is a folder; name its files: {url.rstrip('/')}/x-{{000..099}}.tar")
 
     @cached_property
     def remote(self) -> Remote:

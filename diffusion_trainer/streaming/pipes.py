@@ -1,13 +1,17 @@
-"""The output of shell commands, `pipe:` URLs, as webdataset opens them."""
+"""The output of shell commands, `pipe:` URLs."""
 
+import os
 import select
+import signal
 from collections.abc import Iterator
+from subprocess import PIPE, Popen
 from typing import Any
 
-from webdataset.gopen import gopen_pipe
+from webdataset import utils
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.retries import Sick
+from diffusion_trainer.streaming.urls import PIPE as SCHEME
 
 CHUNK = 1 << 16
 
@@ -15,20 +19,21 @@ CHUNK = 1 << 16
 def output(url: str, timeout_seconds: float) -> Iterator[bytes]:
     """What the command writes, piece by piece; Sick if it fails or is silent for so long.
 
-    It is killed where no more is wanted.
+    It is killed where no more is wanted, with all that it has started.
     """
+    if utils.enforce_security:
+        raise UserError(f"{url}: WDS_SECURE is set in the environment, which forbids commands")
+    command = url.removeprefix(SCHEME)
+    # No buffer, which `poll` could not see; a session of its own, or the shell alone would be killed.
+    process = Popen(command, shell=True, stdout=PIPE, bufsize=0, start_new_session=True)
     try:
-        pipe = gopen_pipe(url, bufsize=0)  # no buffer, which `poll` could not see
-    except ValueError as error:  # WDS_SECURE is set
-        raise UserError(f"{url}: webdataset refuses it ({error})") from error
-    try:
-        yield from _pieces(pipe.stream, timeout_seconds)
+        yield from _pieces(process.stdout, timeout_seconds)
     except BaseException:
-        pipe.proc.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         raise
     finally:
-        pipe.stream.close()
-        code = pipe.proc.wait()
+        process.stdout.close()
+        code = process.wait()
     if code:
         raise Sick(f"the command failed with exit code {code}")
 

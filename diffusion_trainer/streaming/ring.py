@@ -38,6 +38,11 @@ def _arrays(memory: mmap.mmap, entries: Sequence[Entry]) -> list[np.ndarray]:
     return found
 
 
+def slot_bytes(kinds: Sequence[Sequence[Entry]]) -> int:
+    """Of a slot for any of these kinds of batches."""
+    return max(1, *(sum(entry.size for entry in entries) for entries in kinds))
+
+
 class Ring:
     """`depth` slots for each of the workers.
 
@@ -50,8 +55,7 @@ class Ring:
         """kinds: the arrays of each kind of batch that a slot may have to hold; lendable: slots of each worker that may
         be lent at the same time."""
         self.depth, self.lendable, self.reader = depth, lendable, os.getpid()
-        size = max(1, *(sum(entry.size for entry in entries) for entries in kinds))
-        slots = [mmap.mmap(-1, size) for _ in range(workers * depth)]
+        slots = [mmap.mmap(-1, slot_bytes(kinds)) for _ in range(workers * depth)]
         self._slots = [[_arrays(slot, entries) for entries in kinds] for slot in slots]
         # Of each slot: whether a worker has taken it, then which of its arrays are lent. A byte for each, as a worker
         # reads what the reader writes.
@@ -62,7 +66,8 @@ class Ring:
         """A slot, for the worker's next batch."""
         first = worker * self.depth
         slot = first + int(self._used[first : first + self.depth].any(1).argmin())
-        assert not self._used[slot].any(), "all slots are in use"
+        if self._used[slot].any():
+            raise RuntimeError("all slots are in use")
         self._used[slot, 0] = True
         return slot
 
@@ -80,10 +85,12 @@ class Ring:
         lent = [array.view() for array in self.arrays(slot, kind)]
         for use, array in enumerate(lent, 1):
             self._used[slot, use] = True
-            weakref.finalize(array, self._returned, slot, use).atexit = False
+            weakref.finalize(array, _return, self._used, self.reader, slot, use).atexit = False
         self.give_back(slot)
         return lent
 
-    def _returned(self, slot: int, use: int) -> None:
-        if os.getpid() == self.reader:  # a process that was forked meanwhile drops only its copy of the array
-            self._used[slot, use] = False
+
+def _return(used: np.ndarray, reader: int, slot: int, use: int) -> None:
+    """Not a method: as long as something is lent, it would keep the memory of all slots."""
+    if os.getpid() == reader:  # a process that was forked meanwhile drops only its copy of the array
+        used[slot, use] = False

@@ -12,7 +12,7 @@ from diffusion_trainer.streaming.cutter import Cutter
 from diffusion_trainer.streaming.damage import BadChecksum, Damage, TooLarge, Truncated
 from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, Shard
 from diffusion_trainer.streaming.stores import Store, stale
-from diffusion_trainer.streaming.tar import BLOCK, is_header, key_and_extension, members
+from diffusion_trainer.streaming.tar import entries, key_and_extension, members
 
 BLOCK_BYTES = 1 << 18  # which the caches of a core hold
 MAX_TABLE_BYTES = 1 << 26  # of the offsets and checksums that one process keeps
@@ -79,17 +79,17 @@ class Samples:
                 raise BadChecksum("its bytes are not those that were indexed")
 
     def _is_another(self, k: int, offsets: array, checksums: array) -> bool:
-        """Whether the shard begins as tars do and none of several samples is what was indexed. So it was written again,
-        as long as before or shorter: what damages one leaves some of its samples, or no header at its beginning."""
+        """Whether none of several samples is what was indexed and the shard goes on as a tar behind where its first
+        one was. So it was written again, as long as before or shorter: what damages one leaves some of its samples, or
+        no such beginning."""
         probes = sorted({n * (len(checksums) - 1) // (PROBES - 1) for n in range(PROBES)})
         if len(probes) < 2 or any(self._fits(k, offsets[i], offsets[i + 1], checksums[i]) for i in probes):
             return False
-        head = bytearray(BLOCK)
+        lying = _Lying(self.store, self.shards[k], self.max_bytes)
         try:
-            self.store.read(self.shards[k], 0, memoryview(head))
-        except Truncated:
+            return any(entry.start >= offsets[1] for entry, _ in entries(lying, checked=True))
+        except Damage:
             return False
-        return is_header(head)
 
     def _fits(self, k: int, first: int, last: int, checksum: int) -> bool:
         if last - first > self.max_bytes:
@@ -132,6 +132,24 @@ class Samples:
         while self._table_bytes > MAX_TABLE_BYTES and len(self._tables) > 1:
             self._table_bytes -= _size(*self._tables.popitem(last=False)[1])
         return offsets, checksums
+
+
+class _Lying:
+    """A shard where it lies, as `entries` reads it: never more than `at_most` bytes at once."""
+
+    def __init__(self, store: Store, shard: Shard, at_most: int):
+        self.store, self.shard, self.at_most = store, shard, at_most
+
+    def __len__(self) -> int:
+        return self.shard.size
+
+    def __getitem__(self, piece: slice) -> bytearray:
+        size = piece.stop - piece.start
+        if size > self.at_most:
+            raise TooLarge(f"a header of {size} bytes")
+        data = bytearray(size)
+        self.store.read(self.shard, piece.start, memoryview(data))
+        return data
 
 
 def _size(*numbers: array) -> int:

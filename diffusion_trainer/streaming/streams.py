@@ -10,11 +10,10 @@ from typing import BinaryIO
 from isal import isal_zlib
 
 from diffusion_trainer.streaming.damage import BadArchive, Damage, TooLarge, Truncated
-from diffusion_trainer.streaming.fetching import PAGES
 from diffusion_trainer.streaming.index import MAX_SHARD
 from diffusion_trainer.streaming.remote import CHUNK, Gone, Remote
 from diffusion_trainer.streaming.retries import Retries, Sick, Twice
-from diffusion_trainer.streaming.tar import BLOCK, Member, key_and_extension, members
+from diffusion_trainer.streaming.tar import BLOCK, Member, is_tar, key_and_extension, members
 from diffusion_trainer.streaming.urls import is_url
 
 GZIP = (".tar.gz", ".tgz")
@@ -23,7 +22,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 class Stream(io.RawIOBase):
     """An object from its start to its end: where it breaks off it is opened again, and what was read before is passed
-    over.
+    over. What comes from a URL is a tar, or compressed, or a message of somebody who is ill.
 
     Reading raises PassingError, UserError, or Gone if there is no such object.
     """
@@ -70,7 +69,7 @@ class Stream(io.RawIOBase):
         pieces, head = self.remote.stream(self.url), b""
         while len(head) < BLOCK and (data := next(pieces, b"")):
             head += data
-        if is_url(self.url) and head.lstrip().lower().startswith(PAGES):
+        if head and is_url(self.url) and not (is_tar(head) or head.startswith(GZIP_MAGIC)):
             raise Sick(f"no tar: what came begins with {head[:40]!r}")
         passed, crc32 = 0, 0
         while passed < self._at and head:
@@ -86,6 +85,8 @@ class Stream(io.RawIOBase):
     def _check_end(self) -> None:
         """Whoever says honestly that he sends half of it does not tell that there is more."""
         size = self.remote.size(self.url)
+        if size is None and not self._at and is_url(self.url):
+            raise Sick("nothing came")
         if size and size != self._at:  # some servers say 0 of what they stream
             raise Sick(f"{self._at} bytes came where the object has {size}")
 
@@ -141,25 +142,20 @@ def _opened(raw: Stream, url: str) -> BinaryIO:
 
 
 def _samples(tar: _Forward, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, bytes | Damage]]]:
-    key, sample, size = None, {}, 0
-    try:
-        for member in members(tar, checked=True):
-            found = key_and_extension(member.name)
-            if found is None:
-                continue
-            if found[0] != key:
-                if key is not None:
-                    yield key, sample
-                key, sample, size = found[0], {}, 0
-            if found[1] in sample:
-                raise BadArchive(f"{member.name} is in it twice")
-            if found[1] in wanted:
-                size += member.size
-                sample[found[1]] = _member(tar, member, size)
-    except Truncated:
-        if sample:  # it may be whole
-            yield key, sample
-        raise
+    key, sample, size = None, {}, 0  # what ends a shard early leaves out this one, which may lack members
+    for member in members(tar, checked=True):
+        found = key_and_extension(member.name)
+        if found is None:
+            continue
+        if found[0] != key:
+            if key is not None:
+                yield key, sample
+            key, sample, size = found[0], {}, 0
+        if found[1] in sample:
+            raise BadArchive(f"{member.name} is in it twice")
+        if found[1] in wanted:
+            size += member.size
+            sample[found[1]] = _member(tar, member, size)
     if key is not None:
         yield key, sample
 

@@ -94,14 +94,18 @@ def entries(data: Bytes, checked: bool = False) -> Iterator[tuple[Member, bool]]
         at = offset + padded(size)
 
 
-def is_header(block: bytes) -> bool:
-    """Whether so many bytes are the header of a member; its data may come behind."""
-    try:
-        return next(entries(block, checked=True), None) is not None
-    except Truncated:
-        return True
-    except BadArchive:
+def is_tar(head: bytes) -> bool:
+    """Whether what begins so, as far as it came, is a tar: a header with its checksum, or the end mark of an empty one.
+
+    What proxies and stores say instead of a tar is none, and a member's name may be any of it.
+    """
+    if len(head) < BLOCK:
         return False
+    try:
+        _check(head[:BLOCK], 0)
+    except BadArchive:
+        return not any(head[:BLOCK])
+    return True
 
 
 class _Long(NamedTuple):

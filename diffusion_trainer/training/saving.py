@@ -24,6 +24,10 @@ LIBRARIES = ("torch", "lightning", "deepspeed")  # whose versions a manifest has
 NAME = re.compile(r"images-(\d{12,})(?:-(\d{1,6}))?")  # the second number is that of a name that was taken
 
 
+class NotRemoved(OSError):
+    """A checkpoint is written, but older ones are still there."""
+
+
 class Saver:
     """Saves in the background, one at a time. Its thread agrees with those of the other ranks over a group of its own:
     the collectives of two threads on one group would meet those of the other thread.
@@ -56,8 +60,10 @@ class Saver:
         snapshot = self.snapshots.take(images_seen, state)
 
         def save() -> None:
-            write(self.root, snapshot, self.agreement, self.keep, self.reach)
-            self.seconds = monotonic() - began
+            try:
+                write(self.root, snapshot, self.agreement, self.keep, self.reach)
+            finally:
+                self.seconds = monotonic() - began
 
         self._start(save)
 
@@ -93,6 +99,7 @@ def write(root: Path, snapshot: Snapshot, agreement: Agreement, keep: int, reach
     one or two before those where they do not go back by `reach` images.
 
     All ranks must call it. OSError, on all ranks, if any of them could not write; what was there before is intact then.
+    NotRemoved, on all ranks, if only the last part failed.
     """
     first = agreement.rank == 0
     folder = root / f"images-{snapshot.images_seen:012d}"  # until rank 0 has looked whether that is taken
@@ -125,7 +132,7 @@ def write(root: Path, snapshot: Snapshot, agreement: Agreement, keep: int, reach
     try:
         _together(lambda: _retain(root, folder, keep, reach) if first else None, agreement)
     except OSError as error:
-        raise OSError(f"checkpoint {folder} is written, but older ones could not be removed: {error}") from error
+        raise NotRemoved(f"checkpoint {folder} is written, but older ones could not be removed: {error}") from error
     return folder
 
 
@@ -140,8 +147,8 @@ def _make_room(root: Path, name: str) -> str:
     """
     root.mkdir(parents=True, exist_ok=True)
     sync(root.parent)
-    for left in root.glob(".images-*"):  # by a process that was killed
-        shutil.rmtree(left)
+    for left in root.glob(".images-*"):  # by a process that was killed, or of an old one that could not be removed
+        shutil.rmtree(left, ignore_errors=True)  # if it is in the way, `mkdir` says so
     taken = [order_of(p)[1] for p in folders(root) if order_of(p)[0] == order_of(root / name)[0]]
     free = f"{name}-{max(taken) + 1}" if taken else name
     _part(root / free).mkdir()

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 from conftest import SMALL
+from written_runs import config_of, write_run
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.conventions import UserError
@@ -88,6 +89,27 @@ def test_a_mistake_on_the_command_line_is_explained(refused, workplace, override
     assert say in message
     assert "Traceback" not in message
     assert not (workplace / "runs").exists()
+
+
+COARSE = [("bf16", "bfloat16"), ("fp16", "float16")]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), COARSE)
+def test_tolerances_that_a_precision_cannot_meet_are_refused_before_it_trains_or_loads(
+    refused, workplace, precision, dtype
+):
+    """Not at the first evaluation, after hours, nor once the weights are read."""
+    why = f": rtol=1e-05 and atol=1e-05 of dopri5 cannot be met in torch.{dtype}"
+    assert f"sampler.solver{why}" in refused(*DIGITS, "sampler=dopri5", f"precision={precision}")
+    _, folder = write_run(workplace / "runs" / "made", config_of(["experiment=digits"]))
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(b"")  # read, it would be what is wrong
+    common = ["checkpoint=runs/made", f"precision={precision}"]
+    assert f"sampler.solver{why}" in refused("sample", *common, "sampler=dopri5")
+    assert f"sampler.solver{why}" in refused("sample", *common, "sampler=dopri5", "mode=invert")
+    for likelihood in ("flow", "flow_uniform"):
+        assert f"likelihood{why}" in refused("likelihood", *common, f"likelihood={likelihood}")
+    assert f"sampler.solver{why}" in refused("evaluate", *common, "sampler=dopri5")
 
 
 def test_all_mistakes_are_reported_at_once(refused):

@@ -1,6 +1,7 @@
 """diffusion-trainer doctor: a healthy run is found healthy, and each thing that is spoilt is found, with its remedy."""
 
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -10,21 +11,27 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL
+from written_runs import config_of, write_run
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import doctor
 from diffusion_trainer.apps.doctor import LAST_SECONDS, MEETING_SECONDS, Settings, bounded
-from diffusion_trainer.apps.doctor_disk import TemporaryFiles, bytes_of_checkpoints
+from diffusion_trainer.apps.doctor_disk import TemporaryFiles, bytes_of_checkpoints, last_save, speed_of
 from diffusion_trainer.apps.doctor_facts import Run, scratch
 from diffusion_trainer.apps.doctor_run import CONFIG_SECONDS, unreachable
 from diffusion_trainer.apps.findings import Check, Process, examine, judge, ok
 from diffusion_trainer.apps.meeting import Absent, meeting
 from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.checkpointing import SAVE_SECONDS
+from diffusion_trainer.callbacks.ema_snapshots import lengths
 from diffusion_trainer.conventions import PassingError, UserError
+from diffusion_trainer.streaming.ring import Ring
 from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.checkpoint_files import MANIFEST, write_manifest
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
 DIGITS = ["experiment=digits", *SMALL]
@@ -137,10 +144,31 @@ def test_a_disk_that_is_too_small_or_full(found, small_disk):
 
 
 def test_a_signal_that_leaves_less_time_than_a_first_save_will_take(found):
-    """Nothing has been saved yet that `submit` could go by."""
+    """Nothing has been saved yet that `submit` could go by: it is a guess."""
     code, wrong, _, _ = found("doctor.signal_lead_seconds=0.0001")
+    assert (code, [(f["check"], f["status"]) for f in wrong]) == (0, [("saving", "warning")])
+    assert "submit signal_lead_seconds=60 (by hand LEAD=60 sbatch --signal=TERM@60 ...)" in wrong[0]["remedy"]
+
+
+def test_a_save_of_the_run_counts_for_more_than_a_guess(found):
+    folder = Path("runs/measured")
+    _, checkpoint = write_run(folder, config_of([*DIGITS, "name=measured"]), images=32)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["crc32"]
+    write_manifest(checkpoint, manifest | {"state": {SAVE_SECONDS: 150.0}})
+    assert last_save(folder) == 150
+    code, wrong, _, _ = found(f"folder={folder}")
     assert (code, [(f["check"], f["status"]) for f in wrong]) == (1, [("saving", "error")])
-    assert "submit signal_lead_seconds=60 (by hand --signal=TERM@60 " in wrong[0]["remedy"]
+    assert "took 150 s the last time" in wrong[0]["value"]
+    assert found(f"folder={folder}", "doctor.signal_lead_seconds=301")[0] == 0
+    shutil.rmtree(folder)
+
+
+def test_what_any_file_takes_is_told_from_what_its_bytes_do():
+    speed, latency, small, large = 1e9, 0.5, 1e6, 16e6
+    seconds = [latency + size / speed for size in (small, large)]
+    assert speed_of(small, seconds[0], large, seconds[1]) == (pytest.approx(speed), pytest.approx(latency))
+    assert speed_of(small, 0.5, large, 0.4) == (large / 0.4, 0)
 
 
 def test_a_folder_that_nobody_can_write_to_is_said_with_its_room(found):
@@ -186,7 +214,7 @@ def test_checkpoints_that_a_run_takes_away_meanwhile_count_no_more(tmp_path, mon
     for name in names:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "a").write_bytes(bytes(10))
-    assert bytes_of_checkpoints(tmp_path) == 40
+    assert bytes_of_checkpoints(tmp_path, "checkpoints") == 40
     listed, looked_at, scandir, stat = [], [], os.scandir, Path.stat
 
     def list_folder(path):
@@ -201,7 +229,7 @@ def test_checkpoints_that_a_run_takes_away_meanwhile_count_no_more(tmp_path, mon
 
     monkeypatch.setattr(os, "scandir", list_folder)
     monkeypatch.setattr(Path, "stat", look_at)
-    assert bytes_of_checkpoints(tmp_path) == 20
+    assert bytes_of_checkpoints(tmp_path, "checkpoints") == 20
 
 
 def closed_port() -> int:
@@ -275,7 +303,7 @@ def not_now():
         (lambda: 1 / 0, 5, "ZeroDivisionError: division by zero", "mend it", 1),
         (refuse, 5, "train would refuse this", "say it otherwise", 2),
         (not_now, 5, "train would refuse this", "it does not answer", 1),
-        (threading.Event().wait, 0.1, "no answer within", "mend it", 1),
+        (threading.Event().wait, 0.1, "no answer within", "mend it", 0),
         (lambda: 7, 5, "7", "", 0),
     ],
 )
@@ -339,11 +367,36 @@ def test_processes_that_do_not_come_are_named(port, monkeypatch):
         meeting(World(2, 3, 3, False), 0.3, 5)
 
 
+def test_processes_that_come_too_late_keep_the_run_from_no_node(monkeypatch, capsys):
+    def absent(*_):
+        raise Absent("1 of 2 processes did not come")
+
+    monkeypatch.setattr(doctor, "meeting", absent)
+    assert console.run(["doctor", *DIGITS]) == 0
+    assert "warning: the doctor has not looked: 1 of 2 processes did not come" in capsys.readouterr().err
+
+
 def test_bytes_of_checkpoints_are_those_that_the_callbacks_keep():
     config = doctor.check([*DIGITS, "ema=several", "callbacks.checkpoint.keep=3", "num_images=1000"])
     run = Run(config, None, None)
     assert run.checkpoint_bytes == 4 * run.parameters * (3 + len(config["ema"]["profiles"]))
-    assert run.disk_bytes == 4 * run.checkpoint_bytes
+    assert (run.kept_bytes, run.snapshot_bytes) == (4 * run.checkpoint_bytes, 0)
+    snapshots = (
+        "+callbacks.more={_target_: diffusion_trainer.callbacks.ema_snapshots.EmaSnapshots, every_n_images: 100}"
+    )
+    run = Run(doctor.check([*DIGITS, "ema=several", "num_images=1000", snapshots]), None, None)
+    assert run.snapshot_bytes == 11 * 4 * run.parameters * len(lengths(run.part("ema")))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bytes_of_the_host_have_the_memory_that_batches_are_made_in(workers, monkeypatch):
+    made = []
+    monkeypatch.setattr(mmap, "mmap", lambda _, size: made.append(size) or np.empty(size, np.uint8))
+    run = Run(doctor.check([*DIGITS, f"data.num_workers={workers}"]), None, None)
+    state = 2 * run.checkpoint_bytes + 8 * run.parameters * run.local_size  # of a sharded run on CPUs
+    loader = run.loader
+    Ring(*loader.slots, loader.kinds, loader.lendable)
+    assert run.host_bytes == run.local_size * sum(made[:-1]) + state  # the last one says which slots are in use
 
 
 @pytest.mark.slow

@@ -114,26 +114,41 @@ def test_limits_of_a_node():
     ]
 
 
-def folder(free, needed=10, problem=None):
-    return {"free": free, "needed": needed, "problem": problem, "path": "/runs"}
+def folder(free, needed=10, problem=None, later=0):
+    return {"free": free, "needed": needed, "later": later, "problem": problem, "path": "/runs"}
 
 
 def test_the_folder_needs_room_and_to_be_the_same_everywhere():
     assert wrong(judged(Folder(None), [folder(10), folder(11)])) == []
     assert wrong(judged(Folder(None), [folder(9), folder(11)])) == [("error", ())]
+    assert wrong(judged(Folder(None), [folder(11, later=2)])) == [("warning", ())]  # there is time to make room
+    assert wrong(judged(Folder(None), [folder(12, later=2)])) == []
     assert wrong(judged(Folder(None), [folder(10), folder(11, problem="another")])) == [("error", ("node2",))]
+
+
+def saving(speed, latency=0.0, took=None):
+    return {"speed": speed, "latency": latency, "bytes": 60e9, "took": took}
 
 
 def test_saving_is_compared_with_the_signal_lead():
     """A checkpoint of 60 GB at 1 GB/s takes 60 s; a stop may have to wait for the one before as well."""
-    values = [{"speed": 5e8, "bytes": 60e9}] * 2  # two processes of one node write at the same time
-    for lead, status in ((121, "ok"), (119, "warning"), (59, "error")):
+    values = [saving(5e8), saving(5e8)]  # two processes of one node write at the same time
+    for lead, status in ((121, "ok"), (119, "warning"), (59, "warning")):
         (finding,) = judged(Saving(None, lead), values, each=2)
-        assert finding.status == status
+        assert (finding.status, finding.exit_code) == (status, 0)
         assert "takes about 60 s" in finding.value
-    assert "submit signal_lead_seconds=240 (by hand --signal=TERM@240 and" in finding.remedy
-    (finding,) = judged(Saving(None, 1000), [{"speed": 1e9, "bytes": 60e9}, {"speed": 1e8, "bytes": 60e9}])
+    assert "submit signal_lead_seconds=240 (by hand LEAD=240 sbatch --signal=TERM@240 ...)" in finding.remedy
+    (finding,) = judged(Saving(None, 1000), [saving(1e9), saving(1e8)])
     assert "takes about 300 s" in finding.value  # each node half; all wait for the slower
+    (finding,) = judged(Saving(None, 1000), [saving(1e9, 3), saving(1e9, 5)])
+    assert "takes about 35 s" in finding.value
+
+
+def test_a_save_that_was_measured_counts_for_more_than_how_fast_some_bytes_were():
+    for lead, status in ((121, "ok"), (119, "warning"), (59, "error")):
+        (finding,) = judged(Saving(None, lead), [saving(1e6, took=60.0), saving(1e6)])
+        assert (finding.status, finding.exit_code) == (status, int(status == "error"))
+        assert "took 60 s the last time" in finding.value
 
 
 def shards(samples=100, shards=8, readers=4, fingerprint="f", bad=()):

@@ -109,14 +109,14 @@ def test_python_runs_inside_the_container(overrides, words):
 
 
 def test_the_doctor_comes_first_unless_he_is_not_wanted():
-    show = 'echo "${doctor:-nobody}"'
-    assert read_by_bash(script(config("signal_lead_seconds=300")), show) == "doctor.signal_lead_seconds=300\n"
-    assert read_by_bash(script(config("doctor=false")), show) == "nobody\n"
+    show = 'echo "$doctor $lead"'
+    assert read_by_bash(script(config("signal_lead_seconds=300")), show) == "true 300\n"
+    assert read_by_bash(script(config("doctor=false")), show) == "false 120\n"
 
 
 def test_the_plain_script_tells_the_doctor_the_lead_that_its_header_has():
     (lead,) = re.findall(r"^#SBATCH --signal=TERM@(\d+)$", TEMPLATE.read_text(), re.MULTILINE)
-    assert f"doctor=${{DOCTOR-doctor.signal_lead_seconds={lead}}}\n" in TEMPLATE.read_text()
+    assert f"\nlead=${{LEAD:-{lead}}} " in TEMPLATE.read_text()
 
 
 def test_logs_and_counters_are_in_the_runs_folder():

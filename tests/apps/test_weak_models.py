@@ -66,6 +66,12 @@ def test_a_weak_model_may_be_one_checkpoint_of_a_smaller_network(here, shards):
     assert_close(given, a + 2 * (a - b))
 
 
+@pytest.mark.parametrize("labels", [[], ["conditioning=none", "data.fields.label=null"]])
+def test_a_weak_models_estimates_are_as_coarse_as_its_own_run_makes_them(here, shards, labels):
+    write_run(here / "runs" / "coarse", config_of(shards, "precision=bf16", *labels))
+    assert CheckpointModel("runs/coarse").denoiser(CPU).precision == torch.bfloat16
+
+
 def test_weak_models_that_are_not_there_are_refused(here, shards):
     with pytest.raises(UserError, match=r"guidance\.weak\.checkpoint=runs/none: there is no checkpoint"):
         CheckpointModel("runs/none").denoiser(CPU)

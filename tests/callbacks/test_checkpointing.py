@@ -1,11 +1,13 @@
 """Checkpoints in runs: written while training goes on, and a run goes on from the newest that is whole."""
 
 import csv
+import shutil
 import signal
 import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -18,7 +20,7 @@ from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.checkpointing import SAVE_TIMEOUT_SECONDS, STOP_SIGNALS, Checkpointing
 from diffusion_trainer.callbacks.last_words import RankFiles
-from diffusion_trainer.callbacks.run import FIRST, RunCallback
+from diffusion_trainer.callbacks.run import FIRST, Run, RunCallback
 from diffusion_trainer.callbacks.watchdog import Watchdog
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.training import saving
@@ -149,14 +151,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(run, tmp_path, monkeypat
 
 
 FINE = nullcontext()
-LACKING = pytest.raises(PassingError, match="the last checkpoint could not be written")
+LACKING = pytest.raises(PassingError, match=r"the last checkpoint, of \d+ images, could not be written")
 
 
 @pytest.mark.parametrize(("failing", "times", "end"), [(64, 9, FINE), (96, 1, FINE), (96, 9, LACKING)])
 def test_one_that_cannot_be_written_is_told_at_the_next_step_and_training_goes_on(
     run, tmp_path, monkeypatch, capsys, failing, times, end
 ):
-    """The last one is tried twice. If it is lacking at the end, the run has not come to its end."""
+    """The last one is tried twice, and told once. If it is lacking at the end, the run has not come to its end: it says
+    so when every callback has had its turn.
+    """
     write, tried = saving.write_tensors, []
 
     def fail(path, tensors):
@@ -166,18 +170,98 @@ def test_one_that_cannot_be_written_is_told_at_the_next_step_and_training_goes_o
                 raise OSError("No space left on device")
         return write(path, tensors)
 
+    last = AtTheEnd()
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: last)
     monkeypatch.setattr(saving, "write_tensors", fail)
     with end:
         assert run(96) == 0
+    assert last.ended
     said = capsys.readouterr().out
     assert len(tried) == (1 if failing == 64 else 2)
-    assert said.count("WARNING") == min(times, len(tried))
+    assert said.count("WARNING") == 1
     assert "could not be written: No space left on device; the one before it is intact" in said
     lacking = {failing} if times > 1 else set()
     assert names(tmp_path / "run") == [*named(*sorted({32, 64, 96} - lacking)), "latest"]
     monkeypatch.setattr(saving, "write_tensors", write)
     assert run(96) == 0
     assert names(tmp_path / "run")[-2:] == [*named(96), "latest"]
+
+
+@pytest.mark.parametrize(("times", "saved"), [(1, 64), (9, 32)])
+def test_a_stop_tries_a_save_that_fails_once_more_and_says_what_is_saved(
+    run, tmp_path, monkeypatch, capsys, times, saved
+):
+    write, tried = saving.write_tensors, []
+
+    def fail(path, tensors):
+        if f"{64:012d}" in path.parent.name:
+            tried.append(path)
+            if len(tried) <= times:
+                raise OSError("No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(saving, "write_tensors", fail)
+    monkeypatch.setattr(rank, "CountDamage", lambda *_: At64(lambda run: signal.raise_signal(signal.SIGTERM)))
+    assert run(160) == 128 + signal.SIGTERM
+    assert names(tmp_path / "run") == [*named(*sorted({32, saved})), "latest"]
+    said = capsys.readouterr().out
+    assert (len(tried), said.count("WARNING")) == (2, 1)
+    assert ("stopped at 64 images, 32 of them saved; run" in said) == (saved == 32)
+    assert ("stopped at 64 images; run" in said) == (saved == 64)
+
+
+def test_an_old_one_that_cannot_be_removed_is_an_alert_and_the_save_counts(run, tmp_path, monkeypatch, capsys):
+    """Nor is it in the way of the next save."""
+    rmtree, written = shutil.rmtree, []
+
+    def busy(path, ignore_errors=False):
+        if path.name.endswith(".old") and not ignore_errors:
+            raise OSError("Directory not empty")
+        if not path.name.endswith(".old"):
+            rmtree(path, ignore_errors)
+
+    publish = saving.write_manifest
+    monkeypatch.setattr(saving, "write_manifest", lambda *arguments: written.append(1) or publish(*arguments))
+    monkeypatch.setattr(saving.shutil, "rmtree", busy)
+    assert run(96, "callbacks.checkpoint.keep=1", "callbacks.guard=null") == 0
+    said = capsys.readouterr().out
+    assert [f"{name} is written, but older ones could not be removed" in said for name in named(64, 96)] == [True] * 2
+    assert "could not be written" not in said
+    assert len(written) == 3  # no one twice
+    assert latest(tmp_path / "run" / "checkpoints").name == named(96)[0]
+
+
+class FullDisk:
+    """In a Saver's place."""
+
+    begun = 0
+
+    def begin(self, images_seen, state):
+        self.begun += 1
+
+    def wait(self):
+        if self.begun:
+            raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("signals", [(None, None), (signal.SIGTERM, None), (None, signal.SIGTERM)])
+@pytest.mark.parametrize("mine", [0, 1])
+def test_ranks_do_the_same_at_the_end_when_a_signal_has_come_to_one_alone(tmp_path, monkeypatch, signals, mine):
+    """Too late for them to agree on after a step: else one would save, and wait for the other."""
+    disk, module = FullDisk(), SimpleNamespace(images_seen=96)
+    monkeypatch.setattr("diffusion_trainer.callbacks.checkpointing.Saver", lambda *_, **__: disk)
+    agreement = SimpleNamespace(rank=mine, gather=lambda _: list(signals))
+    trainer = SimpleNamespace(callbacks=[], loggers=[])
+    checkpointing = Checkpointing(32)
+    run = checkpointing.run = Run(tmp_path, module, trainer, agreement, None, None, None, saved_at=64)
+    checkpointing.start()
+    try:
+        run.stop_signal = signals[mine]
+        checkpointing.on_train_end(trainer, module)
+    finally:
+        checkpointing.close()
+    stopped = signal.SIGTERM in signals
+    assert (disk.begun, run.stop_signal, run.failure is None) == (1, signal.SIGTERM if stopped else None, stopped)
 
 
 def test_it_is_told_at_the_very_next_step(run, monkeypatch, capsys):
@@ -197,6 +281,15 @@ def test_it_is_told_at_the_very_next_step(run, monkeypatch, capsys):
     with LACKING:
         run(160, "callbacks.checkpoint.every_n_images=64")
     assert (told[64], told[96]) == (False, True)
+
+
+class AtTheEnd(RunCallback):
+    """After the checkpoints' turn."""
+
+    ended = False
+
+    def on_train_end(self, trainer, module):
+        self.ended = True
 
 
 class Saves(RunCallback):

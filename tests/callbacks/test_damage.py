@@ -1,6 +1,8 @@
 """Damaged samples are listed, whatever ends the run."""
 
 import csv
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,30 +23,83 @@ from diffusion_trainer.training.checkpoints import Checkpoint, latest
 FOUND = [Found("checksum", "x.tar", i, "its bytes are not those that were indexed") for i in range(3)]
 
 
-@pytest.fixture
-def callback(tmp_path, request) -> CountDamage:
-    """Of the first of two ranks, or of the second one, early in a run."""
+def begun(folder: Path, first: bool = True, state: dict | None = None) -> CountDamage:
+    """Of one of two ranks, early in a run, or going on from a state."""
     made = CountDamage(budget=0.5, count=None)
-    made.logged = []
-    first = getattr(request, "param", True)
+    made.logged, made.alerts, made.said = [], [], []
+
+    @contextmanager
+    def going_on(what: str):
+        try:
+            yield
+        except OSError:
+            made.alerts.append(what)
+
     made.run = SimpleNamespace(
-        folder=tmp_path, images_seen=32, state={}, first=first, log=made.logged.append, say=print
-    )
+        folder=folder, images_seen=32, state=state or {}, first=first, log=made.logged.append, say=made.said.append,
+        going_on=going_on,
+    )  # fmt: skip
     made.start()
     return made
+
+
+@pytest.fixture
+def callback(tmp_path, request) -> CountDamage:
+    return begun(tmp_path, getattr(request, "param", True))
+
+
+def listed(folder: Path) -> list[tuple[str, ...]]:
+    with (folder / LIST).open(newline="") as file:
+        return [(row["images_seen"], row["kind"], row["shard"], row["sample"]) for row in csv.DictReader(file)]
+
+
+@contextmanager
+def full_after(path: Path, more: int):
+    """Files may become so much larger than this one is."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("callback", [True, False], indirect=True)
 def test_what_a_rank_has_found_is_in_the_file_before_an_error_of_its_data_stops_the_run(callback, tmp_path):
     """Of the other ranks it must not ask anything (there is no `agreement` here): they wait in another place."""
+    callback._unlisted = [(16, FOUND[0])]
     callback._new = [(32, FOUND[0])]
     callback.on_train_batch_start(None, None, {"error": "64 samples in a row are damaged", "damage": FOUND[1:]}, 7)
-    with (tmp_path / LIST).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["images_seen"], row["kind"], row["shard"], row["sample"]) for row in rows] == [
-        ("32", "checksum", "x.tar", str(i)) for i in range(3)
-    ]
+    rows = (("16", 0), ("32", 0), ("32", 1), ("32", 2))
+    assert listed(tmp_path) == [(at, "checksum", "x.tar", str(i)) for at, i in rows]
     assert callback.logged == [{"data/damaged": 3, "data/damaged_checksum": 3}]
+
+
+def test_a_full_disk_does_not_hide_the_error_of_the_data(callback, tmp_path):
+    callback._write([(16, FOUND[0])])
+    with full_after(tmp_path / LIST, 10):
+        callback.on_train_batch_start(None, None, {"error": "64 samples in a row are damaged", "damage": FOUND[1:]}, 7)
+    assert callback.alerts == [LIST]
+    assert listed(tmp_path) == [("16", "checksum", "x.tar", "0")]
+
+
+def test_what_a_full_disk_kept_back_is_counted_and_listed_once_by_the_run_that_goes_on(tmp_path):
+    callback, other = begun(tmp_path), begun(tmp_path, first=False)
+    for made in (callback, other):
+        made.run.agreement = SimpleNamespace(gather=lambda own: [own])
+    callback._write([(16, FOUND[0])])
+    with full_after(tmp_path / LIST, 40):  # in the middle of the first row
+        for made in (callback, other):
+            made._new = [(32, found) for found in FOUND[1:]]
+            made._weigh()
+    assert (callback.alerts, other.alerts, other._unlisted) == ([LIST], [], [])
+    assert listed(tmp_path) == [("16", "checksum", "x.tar", "0")]
+    callback.before_save()
+    after = begun(tmp_path, state=callback.run.state)
+    after.run.agreement = callback.run.agreement
+    after._weigh()
+    assert listed(tmp_path) == [(at, "checksum", "x.tar", str(i)) for at, i in (("16", 0), ("32", 1), ("32", 2))]
+    assert (after._before, after._counts, after._unlisted) == ({"checksum": 2}, {}, [])
 
 
 def test_the_list_has_no_secrets(callback, tmp_path, monkeypatch):

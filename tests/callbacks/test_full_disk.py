@@ -14,6 +14,7 @@ from diffusion_trainer.apps.config import load
 from diffusion_trainer.apps.folder import write_config
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks.checkpointing import Checkpointing
 from diffusion_trainer.callbacks.csv_logger import CsvLogger, read_rows
 from diffusion_trainer.callbacks.evaluating import Evaluating
 from diffusion_trainer.callbacks.run import DISK, FIRST, RunCallback
@@ -115,6 +116,30 @@ def test_a_run_whose_disk_fills_up_trains_on_alerts_and_saves_again_once_there_i
         assert all(torch.equal(t, ours.whole(kind)[n]) for kind in theirs.kinds for n, t in theirs.whole(kind).items())
 
 
+@pytest.mark.parametrize("at", [64, 224])
+def test_a_report_that_cannot_be_written_once_is_there_with_the_next_save_or_at_the_end(
+    train, tmp_path, monkeypatch, at
+):
+    there, refused, report, begin = [], [], Evaluating._report, Checkpointing._begin
+
+    def full(self):
+        if self.run.images_seen == at and not refused:
+            refused.append(at)
+            refuse(self.run.folder / "metrics.json")
+        report(self)
+
+    def note(self):
+        begin(self)
+        there.append((self.run.images_seen, (self.run.folder / "metrics.json").exists()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluating, "_report", full)
+        patch.setattr(Checkpointing, "_begin", note)
+        assert train(tmp_path / "run") == 0
+    assert [h["images_seen"] for h in left(tmp_path / "run")["history"]] == [64, 128, 192, 224]
+    assert dict(there)[96]
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "metrics.csv"
@@ -146,6 +171,18 @@ def test_a_row_that_a_full_disk_refuses_is_written_when_there_is_room(path, at_l
         log.save() if at_last == "save" else log.finalize("success")
     assert seen(path) == ["10", "20", "30"][: 3 if at_last == "the next row" else 2]
     assert read_rows(path)[1]["b"] == "2.0"
+
+
+def test_rows_that_can_never_be_written_are_told_again_at_the_end(path, capsys):
+    log = CsvLogger(path, 0)
+    path.with_name(f".{path.name}.part").mkdir()
+    for step in (10, 20):
+        with pytest.raises(OSError, match="directory"):
+            log.log_metrics({"a": 1.0}, step)
+    log.save()
+    assert capsys.readouterr().out == ""
+    log.finalize("success")
+    assert f"WARNING: {path} lacks 2 rows, which could not be written: " in capsys.readouterr().out
 
 
 def test_a_row_that_was_cut_in_the_file_is_whole_with_the_next(path, tmp_path):

@@ -110,8 +110,9 @@ def test_so_many_in_a_row_lead_back_to_the_newest_checkpoint_and_leave_out_what_
     assert [p.name for p in folders(tmp_path / "checkpoints")] == ["images-000000000064", "images-000000000192"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000000000192"
     assert (tmp_path / "checkpoints" / "aside-images-000000000256").is_dir()
+    assert run.saved_at == 192
     (entry,) = json.loads((tmp_path / "rollbacks.json").read_text())
-    reason = "3 steps in a row had gradients that are not finite"
+    reason = "3 steps in a row had a loss or a gradient that is not finite"
     assert entry == {"images_seen": 192, "left_out": 3 * BATCH, "reason": reason, "undone": False}
 
 

@@ -24,6 +24,7 @@ from diffusion_trainer.sampling.guidance import (
     NoGuidance,
     WeakModel,
 )
+from diffusion_trainer.sampling.thresholding import StaticThreshold
 
 SCHEDULES = built("schedule")
 every_schedule = each("schedule", SCHEDULES)
@@ -270,6 +271,16 @@ def test_a_run_is_prepared_for_and_precision_asked_through_any_guidance(wrapped)
     assert ours.seen == [([NOISY], CPU)]
     assert set(map(str, theirs.seen)) == {str(([NOISY], CPU))}
     assert guided.precision == torch.float16
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda g: g, lambda g: Interval(g, 5, 6), lambda g: Nested([StaticThreshold(), g])]
+)
+def test_estimates_of_two_models_are_as_coarse_as_the_coarser(wrapped):
+    for ours, theirs in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        guided = wrapped(AutoGuidance(3.0, Weak(Prepared(MIXTURE, theirs))))(Prepared(MIXTURE, ours))
+        guided.prepare([NOISY], CPU)
+        assert guided.precision == torch.bfloat16
 
 
 def test_weak_model_is_loaded_at_the_first_estimate_and_once_for_each_device():

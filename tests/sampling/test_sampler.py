@@ -173,7 +173,7 @@ def test_tolerances_below_the_rounding_of_the_network_are_refused_before_any_cal
     def unused(*_):
         raise AssertionError
 
-    words = rf"dopri5: rtol=1e-05 and atol=1e-05 cannot be met in {precision}.*precision=fp32"
+    words = rf"rtol=1e-05 and atol=1e-05 of dopri5 cannot be met in {precision}.*precision=fp32"
     for wrong in (sampler(1e-5), sampler(1e-5, PredictorCorrector)):
         with pytest.raises(UserError, match=words):
             from_network(wrong, LINEAR, unused, precision)

@@ -99,10 +99,11 @@ def test_ctrl_c_leaves_the_jobs_and_a_point_that_fails_stops_no_other(cluster, f
 
 @pytest.mark.timeout(1800)
 def test_a_search_of_jobs_cancels_what_is_worse_and_all_are_one_group(cluster, folder, sweep):
-    """Guided by 100 all pixels are black or white."""
+    """Guided by 100 all pixels are black or white. Steps are so slow that a job lasts for many looks of the sweep."""
     arguments = ["name=search", "sweeper=tpe", "sweeper.seed=14", "trials=3", "guidance.scale=1,2,100", "parallel=1"]
     often = ["num_images=1600", "callbacks.evaluate.every_n_images=160", "prune=true", "sweeper.prune_startup_trials=1"]
-    code, output = finish(sweep(*arguments, *often, "logger=wandb"))
+    creep = ["+callbacks.creep._target_=faults.Creep", "+callbacks.creep.seconds=0.05", "+callbacks.creep.starts=1"]
+    code, output = finish(sweep(*arguments, *often, *creep, "allowed_targets=[faults]", "logger=wandb"))
     assert code == 0, output
     found = rows(folder, "search")
     assert [(row["guidance.scale"], row["state"]) for row in found] == [("1", "done"), ("2", "done"), ("100", "pruned")]

@@ -1,14 +1,19 @@
 """Shards at URLs that are damaged where they lie: the samples that it hits are damage, the others are what they are."""
 
+import errno
+import io
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from streaming import flaky
+from streaming.making import END, indexed, member, write_set
 from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, gets
 from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import BadChecksum, MissingShard, Truncated
 from diffusion_trainer.streaming.index import Shard
 from diffusion_trainer.streaming.stores import LocalStore
@@ -23,6 +28,16 @@ def test_a_truncated_shard_gives_the_samples_before_the_cut(piece_bytes, server,
     found = contents(make(piece_bytes), f"{server.url}/*.tar")
     assert found == [*truth[:whole], *[b"truncated"] * (10 - whole), *truth[10:]]
     assert contents(make(piece_bytes), f"{server.url}/*.tar") == found  # from the cache
+
+
+@MODES
+def test_a_truncated_shard_may_begin_as_a_page_does(piece_bytes, server, make, tmp_path):
+    (path,) = write_set(tmp_path / "b", [3])
+    indexed(path, b"".join(member(f"{{3F2504E0}}-{i}.cls", b"%d" % i) for i in range(3)) + END)
+    server.files |= {f"/b/{p.name}": p.read_bytes() for p in path.parent.iterdir()}
+    server.files[f"/b/{path.name}"] = path.read_bytes()[:2048]
+    found = contents(make(piece_bytes), f"{server.url}/b/*.tar")
+    assert found == [path.read_bytes()[:1024], path.read_bytes()[1024:2048], b"truncated"]
 
 
 @MODES
@@ -56,17 +71,40 @@ def test_a_bit_that_is_flipped_on_the_way_is_no_damage(piece_bytes, server, fold
     assert server.count(FIRST) == fetched
 
 
+def flipped(path: Path, monkeypatch) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def shorter(path: Path, monkeypatch) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def unreadable(path: Path, monkeypatch) -> None:
+    """As a disk says it of a bad block (of a shard: files beside it are not read in place)."""
+    rotten, preadv = path.stat().st_ino, os.preadv
+
+    def read(descriptor: int, *arguments) -> int:
+        if os.fstat(descriptor).st_ino == rotten:
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(descriptor, *arguments)
+
+    monkeypatch.setattr(os, "preadv", read)
+
+
 @MODES
-def test_what_rots_in_the_cache_is_fetched_once_more_and_then_believed(piece_bytes, server, truth, make):
+@pytest.mark.parametrize("rot", [flipped, shorter, unreadable])
+def test_what_rots_in_the_cache_is_fetched_once_more_and_then_believed(
+    rot, piece_bytes, server, truth, make, monkeypatch
+):
     """Shards and the files beside them. Were it the store's, it would be damage, or another index."""
     store = make(piece_bytes)
     assert contents(store, f"{server.url}/*.tar") == truth
     entries = list((Path(store.cache) / "entries").iterdir())
     assert len(entries) >= 9
     for path in entries:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
+        rot(path, monkeypatch)
     asked = len(server.requests)
     assert contents(make(piece_bytes), f"{server.url}/*.tar") == truth
     again = len(server.requests) - asked
@@ -75,12 +113,26 @@ def test_what_rots_in_the_cache_is_fetched_once_more_and_then_believed(piece_byt
     assert len(server.requests) == asked + again + 1
 
 
+def test_a_cache_that_cannot_be_read_at_all_ends_the_run_as_one_that_may_be_started_again(server, make, monkeypatch):
+    store = make()
+    shard = store.find(f"{server.url}/*.tar")[0]
+
+    def read(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(PassingError, match=r"data\.store\.cache=.* cannot be read: .*Input/output error"):
+        store.read(shard, 0, memoryview(bytearray(10)))
+
+
 @MODES
 def test_another_shard_of_the_same_size_is_an_error_and_no_damage(piece_bytes, server, make):
-    draws = np.random.default_rng(1)
-    name, right = NAMES[1], server.files[f"/{NAMES[1]}"]
-    data = right[:512] + draws.bytes(len(right) - 1024) + right[-512:]
-    server.files[f"/{name}"] = data
+    name, draws, out = NAMES[1], np.random.default_rng(1), io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(server.files[f"/{name}"])) as old, tarfile.open(fileobj=out, mode="w") as new:
+        for each in old:
+            new.addfile(each, io.BytesIO(draws.bytes(each.size)))
+    assert len(out.getvalue()) == len(server.files[f"/{name}"])
+    server.files[f"/{name}"] = out.getvalue()
     with pytest.raises(UserError, match=f"{name} is not what its index describes"):
         contents(make(piece_bytes), f"{server.url}/*.tar")
 

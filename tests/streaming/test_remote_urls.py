@@ -4,6 +4,7 @@ import sys
 
 import fsspec
 import pytest
+from fsspec.registry import _registry
 from streaming.stores import NAMES, PIECE, contents, patience
 from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
@@ -86,8 +87,9 @@ def test_options_reach_the_backend(server, make):
     ("url", "line"), [("s3://b/x.tar", r"\[s3\]'"), ("gs://b/x.tar", r"\[gcs\]'"), ("qq://b/x.tar", "not known: qq")]
 )
 def test_a_backend_that_is_not_installed_is_named_with_its_command(url, line, make, monkeypatch):
-    for module in ("s3fs", "gcsfs"):
+    for module, protocol in (("s3fs", "s3"), ("gcsfs", "gs")):
         monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(_registry, protocol, raising=False)  # another test has had it loaded
     with pytest.raises(UserError, match=line):
         make().find(url)
 

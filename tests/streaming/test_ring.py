@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from itertools import combinations, islice
@@ -106,10 +107,22 @@ def test_views_of_a_lent_array_keep_it_and_a_forked_process_cannot_return_it():
     assert os.waitpid(child, 0)[1] == 0
     ring.give_back(1)  # which the child had taken
     assert ring.take(0) == 1
-    with pytest.raises(AssertionError, match="all slots are in use"):
+    with pytest.raises(RuntimeError, match="all slots are in use"):
         ring.take(0)
     del numbers
     assert ring.take(0) == 0
+
+
+def test_a_lent_array_keeps_its_own_slot_alone():
+    ring = Ring(2, 3, [NUMBERS], lendable=1)
+    memory = [weakref.ref(slot[0][0].base) for slot in ring._slots]
+    assert all(slot() is not None for slot in memory)
+    lent = ring.lend(ring.take(1))[0]
+    del ring
+    gc.collect()
+    assert [k for k, slot in enumerate(memory) if slot() is not None] == [3]
+    del lent
+    assert memory[3]() is None
 
 
 @pytest.fixture(scope="module")

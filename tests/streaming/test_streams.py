@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from streaming import flaky
 from streaming.making import END, member
-from streaming.stores import FIRST, ILL, NAMES, patience
+from streaming.stores import FIRST, ILL, NAMES, patience, wait_until
 from streaming.three_shards import folder, server  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import PassingError, UserError
@@ -88,7 +88,7 @@ def test_what_comes_otherwise_the_second_time_is_not_put_behind_what_came_before
         contents(f"pipe:test -e {once} || {{ touch {once}; head -c 7000 {a}; exit 1; }}; cat {b}")
 
 
-@pytest.mark.parametrize(("command", "said"), [("exit 3 #", "exit code 3"), ("exec sleep 1000 #", "silent")])
+@pytest.mark.parametrize(("command", "said"), [("exit 3 #", "exit code 3"), ("sleep 1000 #", "silent")])
 def test_commands_that_fail_or_fall_silent_are_tried_again(command, said):
     with pytest.raises(PassingError, match=f"{said}.*tried 4 times"):
         contents(f"pipe:{command} x.tar", patience(said))
@@ -210,9 +210,59 @@ def test_a_path_that_is_no_file_is_a_mistake(folder):
         assert not isinstance(refused.value, PassingError)
 
 
-def test_samples_are_let_go_of_without_reading_the_rest(folder, tmp_path):
-    """A command that never ends is ended with its reader."""
-    alive = Path(tmp_path / "alive")
-    url = f"pipe:echo $$ > {alive}; cat {folder}/{NAMES[0]}; exec sleep 1000"
-    assert len(contents(url)) == 10
-    assert not Path("/proc", alive.read_text().strip()).exists()
+@pytest.mark.parametrize("end", ["its reader goes", "it falls silent"])
+def test_a_command_is_ended_with_all_that_it_has_started(end, folder, tmp_path):
+    alive, shard = tmp_path / "alive", folder / NAMES[0]
+    cut = "head -c 7000" if end == "it falls silent" else "cat"
+    url = f"pipe:sleep 1000 & echo $! >> {alive}; {cut} {shard}; wait"
+    if end == "its reader goes":
+        assert len(contents(url)) == 10
+    else:
+        with pytest.raises(PassingError, match="silent"):
+            contents(url, patience("silent"))
+    started = alive.read_text().split()
+    assert started
+    wait_until(lambda: not any(runs(process) for process in started))
+
+
+def runs(process: str) -> bool:
+    try:
+        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+MESSAGES = {
+    "text": b"Service temporarily down",
+    "a page behind a mark of its bytes' order": b"\xef\xbb\xbf<html>login" + b" " * 2000,
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_what_begins_as_no_tar_is_a_store_that_is_ill_and_no_damage(message, server, truth):
+    def says(request: flaky.Handler, data: bytes, code: int) -> None:
+        if MESSAGES[message] is None:
+            request.send_response(204)
+            request.end_headers()
+        else:
+            request.send(200, MESSAGES[message])
+
+    server.script[FIRST] = [says]
+    assert contents(f"{server.url}{FIRST}") == truth
+    server.always[FIRST] = says
+    with pytest.raises(PassingError, match=r"no tar: what came begins with|bytes came where the object has"):
+        contents(f"{server.url}{FIRST}")
+
+
+def test_a_command_that_writes_nothing_is_no_empty_shard():
+    with pytest.raises(PassingError, match=r"nothing came.*tried 4 times"):
+        contents("pipe:true x.tar")
+
+
+@pytest.mark.parametrize("key", ["{3F2504E0}-", "<HTML>-", "<!doctype ", "<?xml "])
+@pytest.mark.parametrize("scheme", ["file://", "pipe:cat ", ""])
+def test_a_member_may_have_any_name(key, scheme, tmp_path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"".join(member(f"{key}{i}.cls", b"%d" % i) for i in range(3)) + END)
+    assert contents(f"{scheme}{path}") == [(f"{key}{i}", {"cls": b"%d" % i}) for i in range(3)]

@@ -120,7 +120,7 @@ def test_at_its_least_the_scale_is_not_to_blame(folder):
     overrides = [*SPY, "name=hopeless", "strategy=single", *HALF, *scaled(32, 2.0), *poison]
     code, output = finish(command("train", *overrides, cwd=folder))
     assert code == 2, output
-    assert "1 steps in a row had gradients that are not finite" in output
+    assert "1 steps in a row had a loss or a gradient that is not finite" in output
     assert "there is no whole checkpoint from before" in output
     with (folder / "runs" / "hopeless" / "metrics.csv").open() as file:
         skipped = [row["train/skipped_steps"] for row in csv.DictReader(file) if row.get("train/skipped_steps")]
