@@ -1,6 +1,7 @@
 """A Weights & Biases server on loopback: as much of one as wandb-core asks, to see what a run has sent in the end."""
 
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ class Sent:
     lines: dict[int, str] = field(default_factory=dict)
     summary: str = "{}"
     config: str = "{}"
+    said: dict = field(default_factory=dict)  # of itself: its group, its tags
 
     def rows(self) -> list[dict]:
         lines = dict(self.lines)  # more may come meanwhile
@@ -39,6 +41,17 @@ class Sent:
             if name == "wandb-summary.json":
                 self.summary = chunk["content"][-1]
 
+    def told(self, query: str, variables: dict) -> dict:
+        """What wandb.Api asks of a run."""
+        if query == "RunHistoryKeys":
+            return {"historyKeys": {"lastStep": len(self.lines) - 1}}
+        if query == "RunParquetHistory":
+            return {"parquetHistory": {"parquetUrls": [], "liveData": []}}
+        if query == "HistoryPage":
+            asked = range(variables["minStep"], variables["maxStep"])
+            return {"history": [line for at, line in sorted(self.lines.items()) if at in asked]}
+        return self.bucket(variables["name"]) | {"projectId": "1", "state": "finished", "systemMetrics": "{}"}
+
     def bucket(self, name: str) -> dict:
         """What a resumed run asks for."""
         tail = [self.lines[max(self.lines)]] if self.lines else []
@@ -56,6 +69,8 @@ class Server:
     url: str = ""
     runs: dict[str, Sent] = field(default_factory=dict)
     status: int | None = 200  # of all answers: with another, nothing is taken; None: there are none
+    refused: str = ""  # the end of paths that are answered with 403
+    forgets: bool = False  # what is in its rows, when it is asked
     turn: threading.Condition = field(default_factory=threading.Condition)
 
     @property
@@ -75,6 +90,8 @@ class Server:
             if self.status is None:
                 self.turn.wait_for(lambda: self.status is not None)
                 return 503, {}
+            if self.refused and path.endswith(self.refused):
+                return 403, {}
             return self.status, self.answer(path, body) if self.status == 200 else {}
 
     def answer(self, path: str, body: bytes) -> dict:
@@ -93,6 +110,8 @@ class Server:
             new = name not in self.runs
             run = self.runs.setdefault(name, Sent())
             run.config = variables.get("config") or run.config
+            said = {name: variables.get(name) for name in ("groupName", "jobType", "tags", "notes")}
+            run.said |= {name: value for name, value in said.items() if value}  # null: as it was
             project = {"id": "p", "name": variables.get("project") or "p", "entity": {"id": "e", "name": "nobody"}}
             bucket = run.bucket(name) | {"project": project, "sweepName": None, "commit": None}
             return {"upsertBucket": {"bucket": bucket, "inserted": new}}
@@ -100,6 +119,10 @@ class Server:
             run = self.runs.get(variables["name"])
             bucket = run.bucket(variables["name"]) if run else None
             return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "nobody"}, "bucket": bucket}}
+        if asked := re.search(r"query (RunParquetHistory|HistoryPage|RunHistoryKeys|Run)\b", query):
+            run = self.runs[variables.get("name") or variables.get("runName") or variables["run"]]
+            forgotten = self.forgets and asked[1] == "HistoryPage"
+            return {"project": {"run": {"history": []} if forgotten else run.told(asked[1], variables)}}
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/put"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "storage", "uploadHeaders": [], "files": files}}

@@ -71,6 +71,18 @@ def held(folder: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a living process has this lock now."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 def check(folder: Path, config: Mapping[str, Any]) -> None:
     """UserError if the folder holds another run, or something that is no run. Changes that are allowed are shown."""
     if not folder.exists():

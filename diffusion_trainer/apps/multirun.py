@@ -145,6 +145,7 @@ class Sweep:
             self._note_end(point, 0, entry.job)
             return
         print(title, flush=True)
+        cancelled = entry.job if entry.state == PRUNED else None  # by a sweep that was killed before it ended
         self.record.note(point, RUNNING, job=entry.job)
         try:
             started = self.launcher.start(self.verb, point, entry.job, self.lock)
@@ -156,7 +157,7 @@ class Sweep:
             else:
                 self._note_end(point, 2, entry.job)
             return
-        self.live.append(Live(point, started))
+        self.live.append(Live(point, started, pruned=cancelled is not None and started.job == cancelled))
         if self.received:  # it came while the point was being started
             started.stop(self.received[-1])
         if started.job:
@@ -173,6 +174,7 @@ class Sweep:
             elif not live.pruned and not self.received and (live.worse or self.course.is_worse(live.point)):
                 live.worse, live.pruned = True, live.started.prune()
                 if live.pruned:
+                    self.record.note(live.point, PRUNED, job=live.started.job)
                     print(f"{live.point.title} is worse than others at the same images; it is stopped", flush=True)
 
     def _end(self, live: Live, code: int) -> None:

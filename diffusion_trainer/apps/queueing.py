@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from diffusion_trainer.apps import submit
 from diffusion_trainer.apps.folder import JOB
-from diffusion_trainer.apps.jobs import GONE, OVER, UNKNOWN, Slurm
+from diffusion_trainer.apps.jobs import OVER, UNKNOWN, Slurm
 from diffusion_trainer.apps.launchers import Launcher, Started
 from diffusion_trainer.apps.places import Point
 from diffusion_trainer.apps.planning import Check, Planner, Show
@@ -75,9 +75,11 @@ class QueuedPoint(Started):
             return None  # the controller does not answer now; the job needs it as little as we do
         job = self.launcher.slurm.show(self.job)
         state = job.get("JobState", UNKNOWN)
-        if state == GONE:  # it has ended some minutes ago: what it left says how
-            return 0 if self.point.place.complete(self.point.config) else 1
-        return None if state not in OVER else code_of(state, job.get("ExitCode", ""))
+        if state not in OVER:
+            return None
+        if state != "COMPLETED" and self.point.place.complete(self.point.config):
+            return 0  # cancelled when it had done all, or SLURM has forgotten it since it ended
+        return code_of(state, job.get("ExitCode", ""))
 
     def stop(self, number: int) -> None:
         """Nothing: a job goes on."""

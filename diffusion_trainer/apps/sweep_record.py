@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_trainer.apps.folder import SWEEP as FILE
+from diffusion_trainer.apps.folder import is_locked
 from diffusion_trainer.apps.places import Point
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
@@ -133,14 +134,7 @@ class Record:
 
 def is_held(folder: Path) -> bool:
     """Whether a sweep runs in the folder now."""
-    try:
-        with (folder / ALONE).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
+    return is_locked(folder / ALONE)
 
 
 @contextmanager

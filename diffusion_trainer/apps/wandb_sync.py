@@ -1,5 +1,6 @@
 """diffusion-trainer wandb-sync: a run that was offline, or whose server was away, sent to Weights & Biases later."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps.nodes import Schema, build
 from diffusion_trainer.callbacks.loggers import Wandb, logged_in, server
+from diffusion_trainer.callbacks.wandb_session import alone
 from diffusion_trainer.conventions import UserError
 
 
@@ -34,9 +36,14 @@ def main(overrides: Sequence[str]) -> int:
     loggers = [logger for logger in built if isinstance(logger, Wandb)]
     if not loggers or not (folder / "run_id").is_file():
         raise UserError(f"{folder} holds no run of Weights & Biases: its logger is {', '.join(run['logger'])}")
+    os.environ["WANDB_MODE"] = "online"  # with another one in the shell nobody would be logged in
     if not logged_in():
         raise UserError(f"nobody is logged in at {server()}: wandb login, or set WANDB_API_KEY")
-    with folders.held(folder):  # a run that is going on sends by itself
+    with alone(folder, 0):  # not the run's own lock: a job that comes out of the queue starts, and waits for us a while
+        if folders.is_locked(folder / ".lock"):
+            raise UserError(
+                f"{folder} is training: online it sends by itself what is missing; offline it is sent once it has ended"
+            )
         rows = loggers[0].send(folder, run["name"], folders.run_id(folder), run)
     print(f"{folder}: {rows:,} rows sent to {server()}, which had all others")
     return 0

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from diffusion_trainer.callbacks.csv_logger import CsvLogger
 from diffusion_trainer.callbacks.run_logger import RunLogger
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 
 
 class LoggerChoice(ABC):
@@ -59,31 +60,43 @@ class Wandb(LoggerChoice):
         os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
         from diffusion_trainer.callbacks.wandb_curve import WandbCurve
 
-        begin = partial(self._begin, folder, name, run_id, dict(config))
+        begin = partial(self._begin, folder, name, run_id, config)
         return WandbCurve(
             folder, self.resolved_mode(), begin, started_at, self.init_timeout_seconds, self.finish_timeout_seconds
         )
 
     def send(self, folder: Path, name: str, run_id: str, config: Mapping) -> int:
-        """Tells the server all that it lacks of a run that is not running; the number of rows. UserError without it."""
+        """Tells the server all that it lacks of a run that is not running; the number of rows. UserError unless they
+        have arrived.
+        """
         import wandb
 
-        from diffusion_trainer.callbacks.wandb_session import ONLINE, Session
+        from diffusion_trainer.callbacks.wandb_files import identity
+        from diffusion_trainer.callbacks.wandb_session import ONLINE, Session, rows_there
 
         try:
-            session = Session(folder, ONLINE, partial(self._begin, folder, name, run_id, dict(config)))
+            session = Session(folder, ONLINE, partial(self._begin, folder, name, run_id, config, **identity(folder)))
             rows = session.catch_up(sys.maxsize)
             session.run.finish()
-        except wandb.Error as error:
-            raise UserError(f"{folder} was not sent to {server()}: {error}") from error
+            all_of_them, end = session.run.starting_step + rows, time.monotonic() + self.finish_timeout_seconds
+            while (there := rows_there(session.run)) < all_of_them and time.monotonic() < end:
+                time.sleep(1)  # it may count late
+        except (wandb.Error, PassingError) as error:
+            raise PassingError(f"{folder} was not sent to {server()}: {error}") from error
+        if there < all_of_them:
+            raise PassingError(
+                f"{folder}: {rows:,} rows were sent to {server()}, and {all_of_them - there:,} have not arrived; the "
+                "same command sends them again"
+            )
+        session.leave_out()
         return rows
 
-    def _begin(self, folder: Path, name: str, run_id: str, config: dict, mode: str) -> Any:
+    def _begin(self, folder: Path, name: str, run_id: str, config: Mapping, mode: str, **more: Any) -> Any:
         import wandb
 
         run = wandb.init(
             name=name, project=self.project, entity=self.entity, id=run_id, resume="allow", dir=folder, mode=mode,
-            config=config,
+            config=dict(config), **more,
             settings={"silent": True, "console": "off", "init_timeout": self.init_timeout_seconds},
         )  # fmt: skip
         run.define_metric("images_seen")

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from queue import Full, Queue
 from threading import Event, Thread
@@ -13,7 +13,7 @@ import wandb
 from PIL.Image import Image
 
 from diffusion_trainer.callbacks.run_logger import RunLogger
-from diffusion_trainer.callbacks.wandb_session import OFFLINE, Session
+from diffusion_trainer.callbacks.wandb_session import OFFLINE, Session, alone
 
 WAITING = 10_000  # entries at most that wait for a service that has stopped to listen
 FAILED_SECONDS = 5  # for the end of a run that failed
@@ -41,7 +41,7 @@ class WandbCurve(RunLogger):
     ):
         """begin: makes the wandb.Run, in a mode; started_at: images seen."""
         self.folder, self.mode, self._begin, self._reached = folder, mode, begin, started_at
-        self.finish_timeout_seconds = finish_timeout_seconds
+        self.init_timeout_seconds, self.finish_timeout_seconds = init_timeout_seconds, finish_timeout_seconds
         self._entries: Queue[Entry | None] = Queue(WAITING)
         self._begun, self._abandoned, self._told_full, self._exit_code = Event(), False, False, 0
         self._thread = Thread(target=self._work, name="wandb", daemon=True)
@@ -94,8 +94,11 @@ class WandbCurve(RunLogger):
     def _work(self) -> None:
         unsent: list[Entry | None] = []
         for attempt, mode in enumerate((self.mode, OFFLINE)):
+            # Offline it disturbs nobody: what `wandb-sync` is sending meanwhile is known later.
+            turn = nullcontext() if mode == OFFLINE else alone(self.folder, self.init_timeout_seconds)
             try:
-                self._session(mode, unsent)
+                with turn:
+                    self._session(mode, unsent)
                 return
             except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever it is, it is told, and training goes on)
                 if not self._abandoned:
@@ -111,6 +114,8 @@ class WandbCurve(RunLogger):
         session = Session(self.folder, mode, self._begin)
         self._begun.set()
         session.catch_up(self._reached)  # images seen when it began: all later is told by itself
+        if session.online:
+            session.leave_out()
         while True:
             if not unsent:
                 unsent.append(self._entries.get())

@@ -25,8 +25,9 @@ def points(folder: Path) -> set[Point]:
     return {point for path in records(folder) for row in history(path) for point in points_of(row)}
 
 
-def received(folder: Path, next_step: int) -> set[Point]:
-    """What the server has of them, if it counts the next row that it gets as its row `next_step`.
+def received(folder: Path, next_step: int) -> tuple[set[Point], int]:
+    """What the server has of them, if it counts the next row that it gets as its row `next_step`; and the first of its
+    rows that no record has (`next_step`: there is none): the power was cut, or somebody has removed a session.
 
     Only a session that has talked to the server has a number to start at (also `wandb sync` of one that was offline
     gives it one). What the server had not got by the start of a session, it has never got.
@@ -34,7 +35,8 @@ def received(folder: Path, next_step: int) -> set[Point]:
     rows: dict[int, dict] = {}
     for start, path in sorted(_starts(folder), key=lambda item: (item[0], _asked(item[1]).stat().st_mtime)):
         rows = {at: row for at, row in rows.items() if at < start} | dict(enumerate(history(path), start))
-    return {point for at, row in rows.items() if at < next_step for point in points_of(row)}
+    unknown = next((at for at in range(next_step) if at not in rows), next_step)
+    return {point for at, row in rows.items() if at < next_step for point in points_of(row)}, unknown
 
 
 def _starts(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -56,6 +58,19 @@ def pictures(folder: Path) -> Iterator[tuple[int, str, Path]]:
                 value = row[name]
                 if isinstance(value, dict) and (file := path.parent / "files" / str(value.get("path"))).is_file():
                     yield at, name, file
+
+
+def identity(folder: Path) -> dict[str, Any]:
+    """What wandb.init was told of the run beyond its name, by the environment of the last session that was told so: the
+    group that a sweep gives it, its tags. Keys are wandb.init's.
+    """
+    told: dict[str, Any] = {}
+    for path in records(folder):
+        run = next((r.run for r in _records(path.read_bytes()) if r.WhichOneof("record_type") == "run"), None)
+        if run is not None:
+            said = {"group": run.run_group, "job_type": run.job_type, "tags": [*run.tags], "notes": run.notes}
+            told |= {key: value for key, value in said.items() if value}
+    return told
 
 
 def leave_out(paths: Iterable[Path]) -> None:

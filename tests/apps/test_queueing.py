@@ -1,5 +1,6 @@
 """Points of a sweep as jobs, with stand-ins for SLURM's commands."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import tiny
 from stand_ins import Commands
 
 from diffusion_trainer.apps import cli as console
+from diffusion_trainer.apps.places import Point
 from diffusion_trainer.apps.queueing import OnSlurm, QueuedPoint
+from diffusion_trainer.apps.sweep_record import PRUNED, Record
 from diffusion_trainer.apps.sweepers import Listed
 from diffusion_trainer.conventions import UserError
 
@@ -35,13 +38,27 @@ def test_a_dry_run_of_a_sweep_is_refused_before_anything_is_queued(slurm, tmp_pa
     assert slurm.read("submitted") is None
 
 
+def trained(do: str, whole: bool = False) -> Point:
+    """A point of which the files say so or not."""
+    point = sweeping.point(do)
+    return replace(point, place=replace(point.place, complete=lambda config: whole))
+
+
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(
-    ("state", "code"), [("COMPLETED", 0), ("PREEMPTED", 143), ("FAILED", 1), ("RUNNING", None), ("COMPLETING", None)]
+    ("state", "code"), [("COMPLETED", 0), ("PREEMPTED", 143), ("FAILED", 1), ("CANCELLED", 143), ("GONE", 1)]
 )
-def test_a_job_that_has_left_the_queue_has_ended_as_its_state_says(slurm, state, code):
-    exits = {"COMPLETED": "0:0", "PREEMPTED": "0:15"}.get(state, "1:0")
+def test_a_job_that_has_left_the_queue_has_ended_as_its_files_or_else_its_state_say(slurm, state, code, whole):
+    """One may be cancelled when it has done all: its metric is not lost to a search."""
+    exits = {"COMPLETED": "0:0", "PREEMPTED": "0:15", "CANCELLED": "0:15"}.get(state, "1:0")
     slurm.write("job", f"JobId=7 JobState={state} ExitCode={exits}\n")
-    assert QueuedPoint(OnSlurm(), sweeping.point("a"), "7").code() == code
+    assert QueuedPoint(OnSlurm(), trained("a", whole), "7").code() == (0 if whole else code)
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
+def test_a_job_that_has_not_ended_has_no_code(slurm, state):
+    slurm.write("job", f"JobId=7 JobState={state} ExitCode=0:0\n")
+    assert QueuedPoint(OnSlurm(), trained("a", True), "7").code() is None
 
 
 def test_a_job_that_is_worse_than_others_is_cancelled_once_the_controller_answers(slurm):
@@ -51,6 +68,39 @@ def test_a_job_that_is_worse_than_others_is_cancelled_once_the_controller_answer
     assert Commands(slurm.folder).read("cancelled") is None
     assert job.prune()
     assert slurm.read("cancelled") == "7\n"
+
+
+class Worse(Listed):
+    """Its points are worse than others."""
+
+    def is_worse(self, point):
+        return True
+
+    def ended(self, point, code, pruned):
+        return PRUNED if pruned else super().ended(point, code, pruned)
+
+
+def test_a_job_that_ends_after_its_sweep_was_killed_is_still_one_that_the_sweep_has_cancelled(slurm, monkeypatch):
+    a = trained("a")
+    script = Path("a.json").absolute() / "job.sbatch"
+    slurm.write("queue", f"7|RUNNING|{script}\n")
+
+    noted = Record.note
+
+    def killed(record, point, state, *rest, **more):
+        noted(record, point, state, *rest, **more)
+        if state == PRUNED:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Record, "note", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweeping.begin(Worse([a]), OnSlurm(poll_seconds=0.01))
+    monkeypatch.setattr(Record, "note", noted)
+    assert slurm.read("cancelled") == "7\n"
+    (slurm.folder / "squeue").write_text(f'#!/bin/bash\ncd "{slurm.folder}"\ncat queue; : > queue\n')  # it ends
+    slurm.write("job", "JobId=7 JobState=CANCELLED ExitCode=0:15\n")
+    assert sweeping.begin(Worse([a]), OnSlurm(poll_seconds=0.01)).codes == [0]
+    assert sweeping.states() == {"do=a": "pruned"}
 
 
 def test_a_queue_that_does_not_answer_is_no_failure_of_a_point(slurm, capsys):

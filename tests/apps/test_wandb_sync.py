@@ -19,7 +19,9 @@ from wandb_server import Sent, Server, serving
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import wandb_sync
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.apps.folder import held
+from diffusion_trainer.callbacks.loggers import Wandb
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.training.checkpoints import latest
 
 pytestmark = pytest.mark.slow
@@ -87,7 +89,7 @@ def killed(process: subprocess.Popen) -> None:
 
 
 def sync(run: Path, server: Server) -> str:
-    code, output = finish(command("wandb-sync", f"run={run}", cwd=run.parent, **server.env))
+    code, output = finish(command("wandb-sync", f"run={run}", cwd=run.parent, **server.env | {"WANDB_MODE": "offline"}))
     assert code == 0, output
     return output
 
@@ -164,13 +166,38 @@ def test_a_server_that_fails_after_a_good_start_changes_nothing(workplace, run, 
     ],
 )
 def test_what_cannot_be_sent_is_refused(tmp_path, monkeypatch, arguments, says):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wandb_sync, "logged_in", lambda: False)
+    ended(tmp_path, monkeypatch, is_logged_in=False)
+    with pytest.raises(UserError, match=says):
+        console.run(["wandb-sync", *arguments])
+
+
+def ended(place: Path, monkeypatch, is_logged_in: bool) -> None:
+    """Runs of which one told W&B."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb_sync, "logged_in", lambda: is_logged_in)
     both = {"wandb": {"_target_": "diffusion_trainer.callbacks.loggers.Wandb", "project": "p"}}
     for name, more in (("csv", {}), ("both", both)):
         logger = {"csv": {"_target_": "diffusion_trainer.callbacks.loggers.Csv"}, **more}
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "config.yaml").write_text(yaml.safe_dump({"logger": logger, "name": name}))
-        (tmp_path / "runs" / name / "run_id").write_text("id")
-    with pytest.raises(UserError, match=says):
-        console.run(["wandb-sync", *arguments])
+        (place / "runs" / name).mkdir(parents=True)
+        (place / "runs" / name / "config.yaml").write_text(yaml.safe_dump({"logger": logger, "name": name}))
+        (place / "runs" / name / "run_id").write_text("id")
+
+
+def test_a_run_that_trains_is_not_sent_and_a_job_may_start_while_its_run_is(tmp_path, monkeypatch, capsys):
+    ended(tmp_path, monkeypatch, is_logged_in=True)
+    folder = Path("runs/both")
+    with (
+        held(folder),
+        pytest.raises(UserError, match=r"runs/both is training: .* offline it is sent once it has ended"),
+    ):
+        console.run(["wandb-sync", "run=runs/both"])
+
+    def send(*_):
+        with held(folder), pytest.raises(PassingError, match="another process is sending"):  # but not be sent twice
+            console.run(["wandb-sync", "run=runs/both"])
+        return 7
+
+    monkeypatch.setattr(Wandb, "send", send)
+    assert console.run(["wandb-sync", "run=runs/both"]) == 0
+    assert "7 rows sent" in capsys.readouterr().out

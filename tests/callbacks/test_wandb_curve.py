@@ -1,18 +1,16 @@
 """Sessions that fail or never begin, and what of one the next one tells; tests/apps/test_wandb_*.py have real runs."""
 
+from contextlib import ExitStack
 from queue import Full, Queue
 from threading import Event, Thread
 
 import pytest
-import wandb
 from PIL.Image import new
-from wandb_server import serving
 
-from diffusion_trainer.callbacks import wandb_curve
-from diffusion_trainer.callbacks.loggers import Wandb
+from diffusion_trainer.callbacks import wandb_curve, wandb_session
 from diffusion_trainer.callbacks.wandb_curve import WandbCurve
-from diffusion_trainer.callbacks.wandb_files import points
-from diffusion_trainer.callbacks.wandb_session import OFFLINE, Session
+from diffusion_trainer.callbacks.wandb_session import alone
+from diffusion_trainer.conventions import PassingError
 
 
 class Recorder:
@@ -40,13 +38,13 @@ def curve(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_curve.wandb, "teardown", farewell)
     monkeypatch.setattr(wandb_curve, "_kill_services", lambda: None)
 
-    def begin(runs):
+    def begin(runs, init_timeout_seconds=5):
         def one(mode):
             if (run := runs.pop(mode)) is None:
                 raise RuntimeError("no network")
             return run
 
-        return WandbCurve(tmp_path, "online", one, 0, init_timeout_seconds=5, finish_timeout_seconds=5)
+        return WandbCurve(tmp_path, "online", one, 0, init_timeout_seconds, finish_timeout_seconds=5)
 
     return begin
 
@@ -61,6 +59,23 @@ def test_it_goes_on_offline_though_wandb_asks_to_exit(curve, capsys):
     said = capsys.readouterr().out
     assert said.count("WARNING") == 1
     assert "failed (RuntimeError: no network), and goes on offline" in said
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_start_waits_for_wandb_sync_as_long_as_for_a_server(tmp_path, curve, capsys, monkeypatch, ends):
+    """Two sessions at once would write over each other's rows."""
+    runs = {"online": Recorder(), "offline": Recorder()}
+    with ExitStack() as sync:
+        sync.enter_context(alone(tmp_path, 0))
+        with pytest.raises(PassingError, match="another process is sending"), alone(tmp_path, 0):
+            pass
+        if ends:
+            monkeypatch.setattr(wandb_session.time, "sleep", lambda seconds: sync.close())
+        logger = curve(dict(runs), init_timeout_seconds=60 if ends else 0.2)
+        logger.log_metrics({"loss": 1.0}, step=16)
+        logger.finalize("success")
+    assert {mode: len(run.rows) for mode, run in runs.items()} == {"online": int(ends), "offline": int(not ends)}
+    assert ("another process is sending" in capsys.readouterr().out) is not ends
 
 
 def test_when_both_sessions_have_failed_nothing_is_kept_for_them(curve, capsys):
@@ -113,25 +128,3 @@ def test_training_waits_at_the_start_and_at_the_end_and_never_between(tmp_path, 
     logger.finalize(status)
     assert waits[1:] == [seconds, wandb_curve.KILLED_SECONDS]
     never.set()
-
-
-def test_pictures_and_numbers_that_were_told_offline_are_sent_once(tmp_path, monkeypatch):
-    choice = Wandb("project")
-    with serving() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        wandb.teardown()  # whatever this process has asked before with other settings
-        session = Session(tmp_path, OFFLINE, lambda mode: choice._begin(tmp_path, "name", "id", {}, mode))
-        session.log({"images_seen": 16, "eval/loss": 0.5})
-        session.log({"images_seen": 16, "samples": new("L", (8, 8))})
-        session.run.finish()
-        assert points(tmp_path) == {(16, "eval/loss"), (16, "samples")}
-        (tmp_path / "metrics.csv").write_text("images_seen,eval/loss\n16,0.5\n")
-        sent = [choice.send(tmp_path, "name", "id", {}) for _ in range(2)]
-        wandb.teardown()
-    (row,) = server.runs["id"].rows()
-    assert row["samples"]["_type"] == "image-file"
-    assert server.runs["id"].points() == {(16, "samples"): 1, (16, "eval/loss"): 1}
-    assert sent == [1, 0]
-    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert (offline / "run-id.wandb.synced").is_file()
