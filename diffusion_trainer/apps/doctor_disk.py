@@ -159,7 +159,7 @@ class Saving(Check):
 
 def last_save(folder: Path) -> float | None:
     """Seconds; None before the first. UserError where no checkpoint of the run is whole."""
-    newest = resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
+    newest = resumable(folder / "checkpoints", Agreement(alone=True), thorough=False).checkpoint
     return newest.manifest["state"].get(SAVE_SECONDS) if newest else None
 
 

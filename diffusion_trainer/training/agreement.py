@@ -10,8 +10,9 @@ from torch import distributed
 class Agreement:
     """A gloo group of all ranks beside the one that trains; with one process every method is free."""
 
-    def __init__(self, timeout_seconds: int = 600):
-        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+    def __init__(self, timeout_seconds: int = 600, alone: bool = False):
+        """All ranks must make it at the same time. alone: this process with itself, though there may be others."""
+        self.world = 1 if alone or not distributed.is_initialized() else distributed.get_world_size()
         self.rank = distributed.get_rank() if self.world > 1 else 0
         self._group = None
         if self.world > 1:
