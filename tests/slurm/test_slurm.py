@@ -181,7 +181,7 @@ def test_a_job_that_has_lost_a_node_ends_on_the_other_waits_for_another_and_goes
 
     restarts, log = survives(job, "lost", [lambda: lose("node1", "node2"), lambda: lose("node2", "node1")])
     assert 2 <= restarts <= 4, log
-    assert log.count("resuming from images-") >= 2
+    assert "resuming from images-" in log  # the first may come before there is a checkpoint
 
 
 @pytest.mark.parametrize("mistake", ["optimizer.learning=1", "lanes=3"])

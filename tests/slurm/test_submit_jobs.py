@@ -37,7 +37,7 @@ def submit(cluster, folder):
 
 
 def number_of(output: str) -> str:
-    found = re.match(r"job (\d+) is submitted", output)
+    found = re.search(r"^job (\d+) is submitted", output, re.MULTILINE)  # after what has changed, where something has
     assert found, output
     return found[1]
 
