@@ -44,7 +44,7 @@ sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve()
 WARM = 8  # batches before the clock starts
 WORKERS = (0, 1, 2)
 OURS, LIMIT, BEST = "ours", "limit", "LitData, batch_decode=256"
-AIMS = {  # our samples per CPU second, relative to the others'
+AIMS = {  # our samples per second, relative to the others'
     "latents": {"webdataset": 10.0, "MosaicML Streaming": 1.0, "LitData": 1.0, BEST: 1.0},
     "jpeg": {
         "webdataset": 2.5, "webdataset, our decoder": 1.5, "MosaicML Streaming": 1.0, "LitData": 1.0, BEST: 1.0,
