@@ -30,7 +30,7 @@ def run(workplace):
     """A run of two ranks that has trained on some batches; its process and its folder."""
     process = command(*RUN, cwd=workplace)
     folder = workplace / "runs" / "digits"
-    until(folder, 320, process)
+    until(folder, 960, process)  # for some seconds: each second a rank writes down how far it is
     yield process, folder
     if process.poll() is None:
         process.kill()
