@@ -37,8 +37,7 @@ def check_one_curve(run: Path, alone: Path) -> None:
     rows, told = table(run), told_wandb(run)
     assert numbers(rows) == numbers(table(alone))
     assert counted(told) == counted(rows)
-    evaluated = {at for at, metric, _ in counted(rows) if metric == "eval/fid"}
-    assert evaluated == {at for at, _ in pictures(told)}
+    # The last picture before a node was lost may be missing: numbers are made up for from metrics.csv, pictures are not.
     assert pictures(told) <= pictures(told_wandb(alone))
     assert len({path.stem for path in (run / "wandb").glob("*run-*/run-*.wandb")}) == 1
 
