@@ -1,6 +1,5 @@
 """One session with Weights & Biases: what it is told, and that it is told once."""
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from PIL.Image import Image
 from diffusion_trainer.callbacks.csv_logger import read_rows
 from diffusion_trainer.callbacks.wandb_files import Point, leave_out, pictures, points, points_of, received, records
 from diffusion_trainer.conventions import PassingError
+from diffusion_trainer.streaming.locks import locked
 
 ONLINE, OFFLINE = "online", "offline"
 
@@ -72,16 +72,14 @@ def alone(folder: Path, seconds: float) -> Iterator[None]:
     """
     (folder / "wandb").mkdir(exist_ok=True)
     end = time.monotonic() + seconds
-    with (folder / "wandb" / ".lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= end:
-                    raise PassingError(f"another process is sending {folder}, `wandb-sync` maybe") from error
-            time.sleep(0.1)
-        yield
+    while True:
+        with locked(folder / "wandb" / ".lock", wait=False) as mine:
+            if mine is not None:
+                yield
+                return
+        if time.monotonic() >= end:
+            raise PassingError(f"another process is sending {folder}, `wandb-sync` maybe")
+        time.sleep(0.1)
 
 
 def rows_there(run: Any) -> int:

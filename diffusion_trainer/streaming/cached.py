@@ -15,12 +15,10 @@ from diffusion_trainer.streaming.fetching import Part
 from diffusion_trainer.streaming.files import Files
 from diffusion_trainer.streaming.files import pieces as pieces_of
 from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index
-from diffusion_trainer.streaming.remote import Gone, Remote, globbed, read
+from diffusion_trainer.streaming.remote import WITNESSES, Gone, Remote, globbed, read
 from diffusion_trainer.streaming.retries import AGAIN, Retries, Sick
 from diffusion_trainer.streaming.stores import LocalStore, Store, content, is_glob, listing, matching, remedy
 from diffusion_trainer.streaming.urls import Location, expanded, is_pipe, is_url, located
-
-WITNESSES = 4  # shards that are asked for to see whether a store is up
 
 
 @dataclass

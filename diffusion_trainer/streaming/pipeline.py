@@ -17,7 +17,7 @@ from diffusion_trainer.streaming.base import Data
 from diffusion_trainer.streaming.damage import Damage, Found, Hopeless, MissingShard
 from diffusion_trainer.streaming.fields import Draws, Field
 from diffusion_trainer.streaming.loader import Filled, Layout, Loader, Piece, Stop
-from diffusion_trainer.streaming.remote import Gone, NothingThere, Remote, check_there
+from diffusion_trainer.streaming.remote import WITNESSES, Gone, NothingThere, Remote, check_there
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.ring import Ring
 from diffusion_trainer.streaming.streams import GZIP, samples
@@ -25,7 +25,6 @@ from diffusion_trainer.streaming.urls import expanded, is_pipe
 
 MAX_BAD = 1000  # failures in a row, of samples or shards
 NOWHERE = -1  # the number of a sample that has no place in an index
-WITNESSES = 4  # shards that are asked for to see whether a store is up
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ HTTP = ("http://", "https://")
 # A forked process that dropped its parent's would close their connections in the loop that it shares with the parent,
 # who then waits for answers on these for ever.
 KEPT: set[fsspec.AbstractFileSystem] = set()
+WITNESSES = 4  # shards that are asked for to see whether a store is up
 CHUNK = 1 << 20  # bytes of a stream that come at a time, at most
 
 

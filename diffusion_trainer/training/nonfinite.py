@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 
 def spoiled(loss: Tensor) -> Tensor:
-    """The same loss, bit for bit; where it is not finite its gradient is NaN.
+    """A finite loss, of any shape, bit for bit; NaN, and so is its gradient, where it is not finite.
 
-    It need not be so by itself: x^2 overflows where 2x does not. So all ranks see it in the reduction that there is.
+    The gradient need not be so by itself: x^2 overflows where 2x does not. So all ranks see it in the reduction that
+    there is.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, nan)
 

@@ -15,6 +15,7 @@ from streaming import flaky
 from streaming.flaky import PAGE, Handler, serving
 from streaming.making import write_set
 from streaming.stores import contents
+from streaming.three_shards import server  # noqa: F401 (a fixture)
 
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming import stores as local
@@ -35,13 +36,6 @@ NAMES = ["x-000.tar", "x-001.tar"]
 def folder(tmp_path) -> Path:
     write_set(tmp_path / "set", [3, 2])
     return tmp_path / "set"
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serving(folder) as server:
-        yield server
 
 
 @pytest.fixture
