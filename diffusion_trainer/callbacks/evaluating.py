@@ -75,7 +75,7 @@ class Evaluating(RunCallback):
             self._pictures.append((run.images_seen, picture))
             self._save_pictures()
             for logger in run.trainer.loggers:
-                logger.log_picture("eval/samples", picture, run.images_seen)
+                logger.log_picture(pictures.METRIC, picture, run.images_seen)
         self.history.append(record)
         run.log({f"eval/{name}": value for name, value in metrics.items()})
         self._report()  # last: what it has is not done again
@@ -99,7 +99,7 @@ class Evaluating(RunCallback):
         with self.run.going_on("a picture of samples"):
             while self._pictures:
                 images_seen, picture = self._pictures[0]
-                pictures.save(picture, folder / "samples" / f"images-{images_seen:012d}.png")
+                pictures.save(picture, pictures.of_evaluation(folder, images_seen))
                 pictures.save(picture, folder / "samples.png")
                 self._pictures.pop(0)
 

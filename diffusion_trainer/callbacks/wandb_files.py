@@ -50,16 +50,6 @@ def _asked(path: Path) -> Path:
     return path.with_name(f"{path.name}.syncstate")
 
 
-def pictures(folder: Path) -> Iterator[tuple[int, str, Path]]:
-    """Images seen, name and file of each picture that is still there, of all sessions."""
-    for path in records(folder):
-        for row in history(path):
-            for at, name in points_of(row):
-                value = row[name]
-                if isinstance(value, dict) and (file := path.parent / "files" / str(value.get("path"))).is_file():
-                    yield at, name, file
-
-
 def identity(folder: Path) -> dict[str, Any]:
     """What wandb.init was told of the run beyond its name, by the environment of the last session that was told so: the
     group that a sweep gives it, its tags. Keys are wandb.init's.

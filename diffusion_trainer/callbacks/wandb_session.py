@@ -10,8 +10,9 @@ import wandb
 from PIL.Image import Image
 
 from diffusion_trainer.callbacks.csv_logger import read_rows
-from diffusion_trainer.callbacks.wandb_files import Point, leave_out, pictures, points, points_of, received, records
+from diffusion_trainer.callbacks.wandb_files import Point, leave_out, points, points_of, received, records
 from diffusion_trainer.conventions import PassingError
+from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.streaming.locks import locked
 
 ONLINE, OFFLINE = "online", "offline"
@@ -38,12 +39,13 @@ class Session:
                 raise
 
     def catch_up(self, reached: int) -> int:
-        """Tells all until `reached` images that it should have; the number of rows. What is beyond was logged by steps
-        that are lost, and is yet to come again.
+        """Tells what it should have of metrics.csv and samples/ up to `reached` images; the number of rows. What is
+        later was logged by steps that are lost, and is yet to come again.
         """
         rows: dict[int, dict[str, Any]] = {}
-        for at, name, file in pictures(self.folder) if self.online else ():
-            rows.setdefault(at, {})[name] = file
+        for at, file in pictures.of_evaluations(self.folder):
+            if (at, pictures.METRIC) not in self._known and pictures.readable(file):
+                rows.setdefault(at, {})[pictures.METRIC] = file
         path = self.folder / "metrics.csv"
         for row in read_rows(path) if path.is_file() else []:
             numbers = {key: float(value) for key, value in row.items() if value and key != "images_seen"}

@@ -1,5 +1,6 @@
 """Grids of samples as PNG files."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_trainer.evaluation.writing import whole
+
+METRIC = "eval/samples"  # what loggers call them
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
@@ -26,6 +29,27 @@ def grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
 def scale_for(height: int) -> int:
     """Small images are enlarged to about 32 pixels, so that a person can see them."""
     return max(1, 32 // height)
+
+
+def of_evaluation(run: Path, images_seen: int) -> Path:
+    return run / "samples" / f"images-{images_seen:012d}.png"
+
+
+def of_evaluations(run: Path) -> Iterator[tuple[int, Path]]:
+    """Images seen and file of each evaluation's picture in the run's folder, in order."""
+    for path in sorted((run / "samples").glob("images-*.png")):
+        if (images_seen := path.stem.removeprefix("images-")).isdecimal():
+            yield int(images_seen), path
+
+
+def readable(path: Path) -> bool:
+    """Whether it is the whole picture that was written: a power cut leaves files that are short, or zeros."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (OSError, SyntaxError):  # Pillow raises both for what is none
+        return False
+    return True
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from diffusion_trainer.callbacks.wandb_files import WHOLE, leave_out, pictures, points, received, records
+from diffusion_trainer.callbacks.wandb_files import WHOLE, leave_out, points, received, records
 
 
 def session(folder: Path, rows: list[dict], start: int | None, n: int) -> Path:
@@ -81,14 +81,3 @@ def test_sessions_are_in_the_order_of_their_starts_and_one_that_was_left_out_is_
     assert records(tmp_path) == paths
     leave_out(paths[:1])
     assert [path.with_name("run-id.wandb.synced").exists() for path in paths] == [True, False, False]
-
-
-def test_pictures_that_are_still_there_are_found(tmp_path):
-    there, gone = ({"_type": "image-file", "path": f"media/images/{n}.png"} for n in "ab")
-    path = session(
-        tmp_path, [{"images_seen": 16, "samples": there, "loss": 0.5}, {"images_seen": 32, "samples": gone}], None, 0
-    )
-    file = path.parent / "files" / there["path"]
-    file.parent.mkdir(parents=True)
-    file.touch()
-    assert list(pictures(tmp_path)) == [(16, "samples", file)]

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import wandb
-from PIL.Image import new
+from PIL.Image import Image, new
 from wandb_server import serving
 
 from diffusion_trainer.callbacks.loggers import Wandb
-from diffusion_trainer.callbacks.wandb_files import identity, points, records
-from diffusion_trainer.callbacks.wandb_session import OFFLINE, Session
+from diffusion_trainer.callbacks.wandb_files import history, identity, points, points_of, records
+from diffusion_trainer.callbacks.wandb_session import OFFLINE, ONLINE, Session
 from diffusion_trainer.conventions import PassingError
+from diffusion_trainer.evaluation import pictures
+from diffusion_trainer.evaluation.pictures import METRIC
 
 CHOICE = Wandb("project", finish_timeout_seconds=10)
 RUN = ("name", "id", {})
@@ -51,15 +53,40 @@ def marked(folder: Path) -> list[bool]:
     return [path.with_name(f"{path.name}.synced").is_file() for path in records(folder)]
 
 
+def drawn(folder: Path, images_seen: int) -> Image:
+    """As an evaluation leaves it in the run's folder."""
+    picture = new("L", (8, 8), images_seen)
+    pictures.save(picture, pictures.of_evaluation(folder, images_seen))
+    return picture
+
+
 def test_pictures_and_numbers_that_were_told_offline_are_sent_once(tmp_path, server):
-    offline(tmp_path, {"images_seen": 16, "loss": 4.0}, {"images_seen": 16, "samples": new("L", (8, 8))})
-    assert points(tmp_path) == {(16, "loss"), (16, "samples")}
+    picture = drawn(tmp_path, 16)
+    offline(tmp_path, {"images_seen": 16, "loss": 4.0}, {"images_seen": 16, METRIC: picture})
+    assert points(tmp_path) == {(16, "loss"), (16, METRIC)}
     write(tmp_path, 16)
     assert [send(tmp_path) for _ in range(2)] == [1, 0]
     (row,) = server.runs["id"].rows()
-    assert row["samples"]["_type"] == "image-file"
-    assert server.runs["id"].points() == {(16, "samples"): 1, (16, "loss"): 1}
+    assert row[METRIC]["_type"] == "image-file"
+    assert server.runs["id"].points() == {(16, METRIC): 1, (16, "loss"): 1}
     assert marked(tmp_path)[:2] == [True, True]
+
+
+@pytest.mark.parametrize("mode", [OFFLINE, ONLINE])
+def test_a_picture_that_a_killed_session_did_not_tell_is_made_up_for(tmp_path, server, monkeypatch, mode):
+    """But not one that is beyond the start, nor one that a power cut has torn."""
+    monkeypatch.setenv("WANDB_MODE", mode)
+    offline(tmp_path, {"images_seen": 16, METRIC: drawn(tmp_path, 16)}, {"images_seen": 16, "loss": 4.0})
+    for images_seen in (32, 48, 64):
+        drawn(tmp_path, images_seen)
+    pictures.of_evaluation(tmp_path, 48).write_bytes(bytes(100))
+    (tmp_path / "samples" / "images-best.png").touch()
+    write(tmp_path, 16, 32, 48, 64)
+    CHOICE.build(tmp_path, *RUN, started_at=48).finalize("success")
+    assert points(tmp_path) == {(16, METRIC), (32, METRIC), *((at, "loss") for at in (16, 32, 48))}
+    told = [point for path in records(tmp_path)[-1:] for row in history(path) for point in points_of(row)]
+    assert ((16, METRIC) in told) == (mode == ONLINE)
+    assert len(told) == len(set(told))
 
 
 def test_rows_that_did_not_arrive_are_no_success_and_are_sent_the_next_time(tmp_path, server):
