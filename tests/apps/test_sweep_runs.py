@@ -11,6 +11,8 @@ import pytest
 from conftest import SMALL, command, finish
 from wandb_groups import group_of
 
+from diffusion_trainer.callbacks.wandb_files import records
+
 pytestmark = pytest.mark.slow
 TRAIN = ["train", "-m", "experiment=digits", *SMALL, "strategy=single", "num_images=320",
          "callbacks.evaluate.every_n_images=80", "callbacks.checkpoint.every_n_images=80"]  # fmt: skip
@@ -62,14 +64,18 @@ def test_a_sweep_of_four_points_with_one_that_fails_is_killed_and_continued(work
     blocked.unlink()
     code, output = cli(*arguments)
     assert code == 0, output
-    (offline,) = (runs / "killed" / "optimizer.lr-0.002" / "wandb").glob("offline-run-*")
-    assert group_of(next(offline.glob("run-*.wandb"))) == "killed"
+    kept = records(runs / "killed" / "optimizer.lr-0.002")
+    assert [group_of(path) for path in kept] == ["killed"], output + wandb_core_said(runs / "killed")
     code, output = cli("sweep-report", "sweep=runs/killed", "sort=fid")
     assert code == 0
     assert "4 done" in output
     fids = {float(row["fid"]): row["optimizer.lr"] for row in rows(runs / "killed")}
     assert list(fids) == sorted(fids)
     assert f"with optimizer.lr={fids[min(fids)]}" in output
+
+
+def wandb_core_said(sweep: Path) -> str:
+    return "\n".join(f"{path}\n{path.read_text()}" for path in sweep.glob("*/wandb/*/logs/debug-*.log"))
 
 
 def until(condition, seconds: float = 600) -> None:
