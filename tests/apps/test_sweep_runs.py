@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, command, finish
-from wandb_groups import group_of
 
-from diffusion_trainer.callbacks.wandb_files import records
+from diffusion_trainer.callbacks.wandb_files import identity
 
 pytestmark = pytest.mark.slow
 TRAIN = ["train", "-m", "experiment=digits", *SMALL, "strategy=single", "num_images=320",
@@ -64,8 +63,8 @@ def test_a_sweep_of_four_points_with_one_that_fails_is_killed_and_continued(work
     blocked.unlink()
     code, output = cli(*arguments)
     assert code == 0, output
-    kept = records(runs / "killed" / "optimizer.lr-0.002")
-    assert [group_of(path) for path in kept] == ["killed"], output + wandb_core_said(runs / "killed")
+    told = identity(runs / "killed" / "optimizer.lr-0.002")
+    assert told == {"group": "killed"}, output + wandb_core_said(runs / "killed")
     code, output = cli("sweep-report", "sweep=runs/killed", "sort=fid")
     assert code == 0
     assert "4 done" in output

@@ -11,7 +11,8 @@ from pathlib import Path
 import cluster_jobs
 import pytest
 from conftest import ROOT, SMALL, command, finish
-from wandb_groups import group_of
+
+from diffusion_trainer.callbacks.wandb_files import identity
 
 pytestmark = cluster_jobs.MARKS
 SWEEP = [
@@ -111,9 +112,9 @@ def test_a_search_of_jobs_cancels_what_is_worse_and_all_are_one_group(cluster, f
     ends = {"done": "COMPLETED", "pruned": "CANCELLED"}
     for entry in entries(folder, "search"):
         assert cluster.job(entry["job"])["JobState"] == ends[entry["state"]]
-    records = [*(folder / "runs" / "search").glob("**/offline-run-*/run-*.wandb")]
-    assert records
-    assert {group_of(path) for path in records} == {"search"}
+    runs = {path.parents[2] for path in (folder / "runs" / "search").glob("**/offline-run-*/run-*.wandb")}
+    assert runs
+    assert {identity(run)["group"] for run in runs} == {"search"}
 
 
 def test_what_slurm_refuses_is_said_before_anything_is_queued(cluster, folder, sweep):
