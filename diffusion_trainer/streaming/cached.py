@@ -1,7 +1,8 @@
 """Shards at URLs, through a cache on this node."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -66,8 +67,13 @@ class CachedStore(Store):
         """Pieces have no checksum of their own, and disks of nodes rot: fetched once more, it is believed."""
         if not is_url(shard.url):
             return
-        try:
+        with self._readable():
             self._read(shard, offset, into, again=True)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise PassingError(f"data.store.cache={self.cache} cannot be read: {error}. {AGAIN}") from error
 
@@ -93,8 +99,11 @@ class CachedStore(Store):
             return content(f"{Path(self.index) / located(shard.url).name}{suffix}", f"{how} out={self.index}")
         part = Part.sidecar(shard, suffix)
         try:
-            data = self._files.content(part)
-            return data if shard.fits(suffix, data) else self._files.content(replace(part, again=True))
+            with suppress(OSError):  # perhaps of the entry alone
+                if shard.fits(suffix, data := self._files.content(part)):
+                    return data
+            with self._readable():
+                return self._files.content(replace(part, again=True))
         except Gone as gone:
             raise UserError(f"{part.url} is missing; make it: {how}") from gone
 

@@ -14,8 +14,9 @@ from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, gets
 from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import PassingError, UserError
+from diffusion_trainer.streaming import files
 from diffusion_trainer.streaming.damage import BadChecksum, MissingShard, Truncated
-from diffusion_trainer.streaming.index import Shard
+from diffusion_trainer.streaming.index import OFFSETS, Shard
 from diffusion_trainer.streaming.stores import LocalStore
 
 
@@ -123,6 +124,28 @@ def test_a_cache_that_cannot_be_read_at_all_ends_the_run_as_one_that_may_be_star
     monkeypatch.setattr(os, "preadv", read)
     with pytest.raises(PassingError, match=r"data\.store\.cache=.* cannot be read: .*Input/output error"):
         store.read(shard, 0, memoryview(bytearray(10)))
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_a_sidecar_in_the_cache_that_cannot_be_read_is_fetched_again(server, make, monkeypatch, bad):
+    """bad: reads that the node's disk fails."""
+    store = make()
+    shard = store.find(f"{server.url}/*.tar")[0]
+    kept, failed = store.sidecar(shard, OFFSETS), []
+
+    class Ill(io.FileIO):
+        def readall(self):
+            if len(failed) < bad:
+                failed.append(self)
+                raise OSError(errno.EIO, "Input/output error")
+            return super().readall()
+
+    monkeypatch.setattr(files, "open", lambda *arguments: io.BufferedReader(Ill(*arguments)), raising=False)
+    if bad == 1:
+        assert store.sidecar(shard, OFFSETS) == kept
+    else:
+        with pytest.raises(PassingError, match=r"data\.store\.cache=.* cannot be read: .*Input/output error"):
+            store.sidecar(shard, OFFSETS)
 
 
 @MODES
