@@ -188,7 +188,7 @@ def test_torchrun_starts_the_ranks_as_well(workplace):
     import subprocess
     import sys
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "diffusion_trainer",
          *RUN, "num_images=64", "callbacks.evaluate=null"],
