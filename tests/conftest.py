@@ -103,10 +103,11 @@ def digits(recipe, tmp_path_factory) -> Path:
 
 def command(*arguments: str, cwd: Path, **env: str) -> subprocess.Popen:
     """`diffusion-trainer <arguments>` of this checkout, in a folder, its output to be read."""
+    ours = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "diffusion_trainer", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, **ours, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

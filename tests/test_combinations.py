@@ -152,10 +152,11 @@ BATCH = {
 
 def trained(config, folder, steps=2):
     """A module after some steps of one small batch, on the path of a run's rank."""
+    module = module_of(config, progress_of(config), "cpu")
     if config["init_from"]:
         folder = folder / "second_stage"
         initial.write(folder, config["init_from"])
-    module = module_of(config, folder, progress_of(config), "cpu")
+        initial.apply(module.model, initial.read(folder), config["init_from"])
     optimizer = module.configure_optimizers()
     for step in range(steps):
         optimizer.zero_grad()

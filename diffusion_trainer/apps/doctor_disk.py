@@ -32,7 +32,7 @@ from diffusion_trainer.callbacks.checkpointing import SAVE_SECONDS
 from diffusion_trainer.callbacks.ema_snapshots import FOLDER as SNAPSHOTS
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import write_tensors
-from diffusion_trainer.training.checkpoints import resumable
+from diffusion_trainer.training.checkpoints import latest, resumable
 
 WRITTEN_BYTES = 1 << 24  # by each process, to see how fast
 TMPDIR_BYTES = 100_000_000  # for sockets and logs of libraries
@@ -56,9 +56,10 @@ class Folder(Check):
             return None
         at, folder = nearest(self.run.folder), self.run.folder
         needed = max(0, self.run.kept_bytes - bytes_of_checkpoints(folder, "checkpoints"))
+        saved = latest(folder / "checkpoints") is not None
         later = max(0, self.run.snapshot_bytes - bytes_of_checkpoints(folder, SNAPSHOTS))
         free = shutil.disk_usage(at).free
-        return {"problem": problem, "path": str(at), "free": free, "needed": needed, "later": later}
+        return {"problem": problem, "path": str(at), "free": free, "needed": needed, "later": later, "saved": saved}
 
     def judge(self, measured: Measured) -> Iterator[Finding]:
         problems = grouped([(p, v["problem"]) for p, v in measured if v["problem"]])
@@ -69,7 +70,8 @@ class Folder(Check):
         says += f", {size_of(least['later'])} for snapshots of averages to the end" if least["later"] else ""
         if least["free"] < least["needed"]:
             mend = "make room, choose another folder=..., or keep fewer: callbacks.checkpoint.keep=1"
-            yield error(self.name, says, mend)
+            # A run that goes on keeps what it has, says so at each save, and trains meanwhile.
+            yield (warning if least["saved"] else error)(self.name, says, mend)
         elif least["free"] < least["needed"] + least["later"]:
             mend = "make room meanwhile, or take fewer snapshots: a larger every_n_images of theirs"
             yield warning(self.name, says, mend)

@@ -125,19 +125,22 @@ def judge(checks: Sequence[Check], reports: Sequence[tuple[Process, Mapping[str,
         values = [(process, measured[check.name]) for process, measured in reports if measured[check.name] is not None]
         failed = [(process, value) for process, value in values if isinstance(value, Failed)]
         good = [(process, value) for process, value in values if not isinstance(value, Failed)]
-        findings += _failures(check, failed, [f.remedy for f in findings])
+        findings += _failures(check, failed, [f.remedy for f in findings], at_most=1 if good else 2)
         if good:
             findings += check.judge(good)
     return findings
 
 
-def _failures(check: Check, failed: Sequence[tuple[Process, Failed]], said: Sequence[str]) -> Iterator[Finding]:
+def _failures(
+    check: Check, failed: Sequence[tuple[Process, Failed]], said: Sequence[str], at_most: int
+) -> Iterator[Finding]:
+    """at_most: the exit code; what other nodes do not refuse, another start may not meet again."""
     for why in dict.fromkeys(value for _, value in failed):
         if not (why.refused and why.remedy in said):
             where = nodes_of([process for process, value in failed if value == why])
             says = check.name, why.why, why.remedy or check.mend, where
             bad = why.exit_code and (check.needed or why.refused)
-            yield error(*says, why.exit_code) if bad else warning(*says)
+            yield error(*says, min(why.exit_code, at_most)) if bad else warning(*says)
 
 
 def nodes_of(processes: Sequence[Process]) -> list[str]:

@@ -4,15 +4,16 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from diffusion_trainer.apps.config import dump, read
 from diffusion_trainer.callbacks.redaction import filled, redacted
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.callbacks.run import STOP
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.evaluation.writing import whole
 
 # What may differ when a run goes on: how and how long it is computed, watched and measured, not what is computed.
@@ -37,6 +38,7 @@ ORDER = "order"  # of the samples: the fingerprint of the data
 CHANGES = "config_changes.txt"  # of a run's folder: when, from which checkpoint on, and what
 SWEEP = "sweep.json"  # of a folder that holds the runs of a sweep (apps/sweep_record.py)
 JOB = "job.sbatch"  # the script that apps/submit.py last submitted
+LOST_SECONDS = 600  # that a start of a job, whose node SLURM has lost, may take to save and stop
 MAY_CHANGE_INSIDE = (
     "network.checkpoint_blocks",
     "data.sources.*.shards",
@@ -58,29 +60,63 @@ def held(folder: Path) -> Iterator[int]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"folder={folder} cannot be written ({error}); choose another folder=...") from error
     with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another process is training in {folder}; wait for it or give this run another name=..."
-            ) from error
+        if not taken(lock):
+            _stop_lost_start(folder, lock)
+        with suppress(OSError):  # a full disk: then `_stop_lost_start` will not know this start
+            lock.truncate(0)
+            os.write(lock.fileno(), _job().encode())
         yield lock.fileno()
+
+
+def _job() -> str:
+    """Whose start this is: the number of the job that SLURM starts again; "" elsewhere."""
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _stop_lost_start(folder: Path, lock: IO[str]) -> None:
+    """Waits until an earlier start of this very job has saved and stopped: where the daemon of a node dies, SLURM
+    starts the job elsewhere, and the ranks there go on. UserError if it is another run that holds the folder.
+    """
+    lock.seek(0)
+    if not _job() or lock.read() != _job() or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        raise UserError(f"another process is training in {folder}; wait for it or give this run another name=...")
+    print(
+        f"an earlier start of job {_job()} still trains in {folder}, on a node that SLURM has lost: it is told to stop"
+    )
+    end = time.monotonic() + LOST_SECONDS
+    while not taken(lock):
+        (folder / STOP).touch()
+        if time.monotonic() > end:
+            raise PassingError(f"an earlier start of job {_job()} has not stopped within {LOST_SECONDS} s in {folder}")
+        time.sleep(1)
+    (folder / STOP).unlink(missing_ok=True)
+
+
+def taken(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
+    """Whether the lock is ours now, and no living process has it. UserError where the file system has no locks."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{file.name} cannot be locked ({error.strerror}), so two processes could write there at once: mount that "
+            "file system with locks (Lustre: -o flock; NFS: its lock service), or choose another folder=..."
+        ) from error
+    return True
 
 
 def is_locked(path: Path) -> bool:
     """Whether a living process has this lock now."""
     try:
         with path.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not taken(lock, fcntl.LOCK_SH)
     except FileNotFoundError:
         return False
-    return False
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:

@@ -210,10 +210,14 @@ def tell(folder: Path, text: str, file: TextIO) -> None:
 
 def main() -> None:
     """Nothing if no rank has left a file: the run did not fail. How many ranks there were is in what they have left.
-    A job script may give the exit code of the run as well, and the command that goes on with it.
+    A job script may give the exit code of the run as well, the command that goes on with it, and when this start began
+    (in seconds since 1970): what is older is of another one.
     """
     folder, given = Path(sys.argv[1]), sys.argv[2:]
     logs = folder / LOGS
+    for path in _left(logs) if given[2:] else ():
+        if path.stat().st_mtime < float(given[2]):
+            path.unlink(missing_ok=True)
     ranks = {_rank_of(path) for path in _left(logs)}
     states = [state for rank in ranks if (state := state_of(RankFiles(logs, rank)))]
     world = max([1, *(state.world for state in states), *(rank + 1 for rank in ranks)])

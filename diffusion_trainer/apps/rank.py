@@ -54,7 +54,7 @@ def _train(config: Mapping[str, Any], folder: Path, world: World, start: Start) 
         build(config["trainer"], "trainer", config["allowed_targets"]),
         build(config["strategy"], "strategy", config["allowed_targets"]),
     )
-    module = module_of(config, folder, progress, trainer_settings.device())
+    module = module_of(config, progress, trainer_settings.device())
     data = build(config["data"], "data", config["allowed_targets"])
     callbacks = in_turn([
         CountDamage(data.damage_budget, data.count),
@@ -88,11 +88,11 @@ def progress_of(config: Mapping[str, Any]) -> Progress:
     return Progress(config["seed"], config["batch_size"], config["lanes"], steps * config["batch_size"])
 
 
-def module_of(config: Mapping[str, Any], folder: Path, progress: Progress, device: str) -> DiffusionModule:
+def module_of(config: Mapping[str, Any], progress: Progress, device: str) -> DiffusionModule:
+    """Without the weights of `init_from`."""
     allowed = config["allowed_targets"]
     parts = Parts.of(config, config["seed"])
     model = parts.model(dtype_of(config["precision"], device))
-    initial.apply(model, initial.read(folder), config["init_from"])
     optimizer, ema = (build(config[name], name, allowed) for name in ("optimizer", "ema"))
     return DiffusionModule(model, parts.objective, optimizer, ema, progress, config["condition_dropout"])
 
@@ -118,8 +118,8 @@ class _Data(LightningDataModule):
 
 
 class _Begin(Callback):
-    """First of the callbacks: once ranks can talk, finds what to go on from; once the strategy stands, resumes the
-    weights and gives the others their run.
+    """First of the callbacks: once ranks can talk, finds what to begin with and to go on from; once the strategy
+    stands, resumes the weights and gives the others their run.
     """
 
     def __init__(self, config, folder, module, strategy, callbacks: Sequence[Callback], start: Start):
@@ -136,6 +136,8 @@ class _Begin(Callback):
         self.agreement = Agreement(self.strategy.timeout_seconds)
         first = self.agreement.rank == 0
         self.begun.meet(self.agreement, self.callbacks)
+        # Not before: rank 0 has written them, and may have begun later than others.
+        initial.apply(module.model, initial.read(self.folder), self.config["init_from"])
         found = checkpoints.resumable(self.folder / "checkpoints", self.agreement)
         self.checkpoint = found.checkpoint
         for problem, damaged in zip(found.damage, found.damaged, strict=True):

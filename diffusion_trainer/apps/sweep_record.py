@@ -1,6 +1,5 @@
 """sweep.json: what a sweep planned and what became of it, so that the same command goes on and others can look."""
 
-import fcntl
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_trainer.apps.folder import SWEEP as FILE
-from diffusion_trainer.apps.folder import is_locked
+from diffusion_trainer.apps.folder import is_locked, taken
 from diffusion_trainer.apps.places import Point
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
@@ -149,21 +148,13 @@ def held(folder: Path) -> Iterator[int]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}); nothing was started") from error
     with alone, points:
-        if not _lock(alone):
+        if not taken(alone):
             raise UserError(
                 f"another process is running a sweep in {folder}; wait for it, or see how far it is: "
                 f"diffusion-trainer sweep-report sweep={folder}"
             )
-        if not _lock(points):
+        if not taken(points):
             print(f"a point of the sweep that was killed in {folder} is stopping; waiting for it", flush=True)
-            while not _lock(points):
+            while not taken(points):
                 time.sleep(0.1)
         yield points.fileno()
-
-
-def _lock(file) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

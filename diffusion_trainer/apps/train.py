@@ -48,8 +48,16 @@ def check(overrides: Sequence[str]) -> dict:
 
 
 def processes_of(config: dict[str, Any], world: World | None) -> tuple[int, int]:
-    """How many processes this machine is to have, and how many the run; UserError if the strategy has fewer."""
+    """How many processes this machine is to have, and how many the run; UserError if the strategy has fewer, or the
+    configuration says otherwise than who has started them.
+    """
     strategy, trainer = (build(config[name], name, config["allowed_targets"]) for name in ("strategy", "trainer"))
+    if world and trainer.processes not in (None, world.local_size):
+        raise UserError(
+            f"trainer.processes={trainer.processes}, but srun or torchrun has started {world.local_size} on this node: "
+            f"have it start {trainer.processes}, or leave trainer.processes out (inside `srun --pty`, which starts one, "
+            "env -u SLURM_STEP_NUM_TASKS diffusion-trainer ... has as many as you say)"
+        )
     count = world.local_size if world else trainer.local_processes(strategy)
     size = world.size if world else count
     if strategy.max_processes and size > strategy.max_processes:

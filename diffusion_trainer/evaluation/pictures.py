@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_trainer.evaluation.writing import whole
 
 METRIC = "eval/samples"  # what loggers call them
+END = b"IEND\xaeB`\x82"  # of a PNG file: the last chunk, which is empty, and its checksum
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Image.Image:
@@ -44,10 +45,12 @@ def of_evaluations(run: Path) -> Iterator[tuple[int, Path]]:
 
 def readable(path: Path) -> bool:
     """Whether it is the whole picture that was written: a power cut leaves files that are short, or zeros."""
+    if not path.read_bytes().endswith(END):
+        return False
     try:
-        with Image.open(path) as picture:
-            picture.load()
-    except (OSError, SyntaxError):  # Pillow raises both for what is none
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()  # the checksum of each chunk: a decoder takes zeros for the rest of a picture
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a file that is none
         return False
     return True
 

@@ -127,6 +127,7 @@ def test_more_processes_than_the_strategy_has_are_refused(refused, monkeypatch):
     for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert "2 processes were started, this strategy has 1" in refused(*DIGITS, "strategy=single")
+    assert "trainer.processes=4, but srun or torchrun has started 2" in refused(*DIGITS, "trainer.processes=4")
 
 
 def test_ranks_that_do_not_fit_their_nodes_are_refused(refused, monkeypatch):

@@ -318,6 +318,15 @@ def test_what_goes_wrong_in_a_check_is_a_finding(action, seconds, says, remedy, 
     assert one.exit_code == (code if "refuse" in says else 0)
 
 
+def test_what_one_node_refuses_and_another_does_not_may_pass_on_other_nodes():
+    """A mount that is missing there: exit code 1 puts a job back into the queue, 2 would end it."""
+    other, bad, good = Process(1, "node2", (0, 1)), Made(refuse), Made(lambda: 7)
+    reports = [(ALONE, examine([good], ALONE, Agreement(), lambda: 10))]
+    reports.append((other, examine([bad], other, Agreement(), lambda: 10)))
+    one, _ = judge([bad], reports)
+    assert (one.status, one.nodes, one.exit_code) == ("error", ("node2",), 1)
+
+
 def test_what_has_no_time_left_says_so_and_the_rest_stands():
     checks = [Made(lambda: 7), Made(lambda: 8)]
     checks[1].name = "late"

@@ -114,13 +114,15 @@ def test_limits_of_a_node():
     ]
 
 
-def folder(free, needed=10, problem=None, later=0):
-    return {"free": free, "needed": needed, "later": later, "problem": problem, "path": "/runs"}
+def folder(free, needed=10, problem=None, later=0, saved=False):
+    return {"free": free, "needed": needed, "later": later, "problem": problem, "path": "/runs", "saved": saved}
 
 
 def test_the_folder_needs_room_and_to_be_the_same_everywhere():
     assert wrong(judged(Folder(None), [folder(10), folder(11)])) == []
     assert wrong(judged(Folder(None), [folder(9), folder(11)])) == [("error", ())]
+    goes_on = [folder(9, saved=True), folder(11, saved=True)]  # it trains with what it has, and says so
+    assert wrong(judged(Folder(None), goes_on)) == [("warning", ())]
     assert wrong(judged(Folder(None), [folder(11, later=2)])) == [("warning", ())]  # there is time to make room
     assert wrong(judged(Folder(None), [folder(12, later=2)])) == []
     assert wrong(judged(Folder(None), [folder(10), folder(11, problem="another")])) == [("error", ("node2",))]

@@ -185,6 +185,19 @@ def test_a_job_script_can_show_it(tmp_path, logs, monkeypatch, capsys):
     assert (logs / post_mortem.FILE).read_text() == said
 
 
+def test_words_of_an_earlier_start_are_not_those_of_one_that_dies_at_once(tmp_path, logs, monkeypatch, capsys):
+    speak(logs, 0, "ValueError: of an earlier start", 1)
+    RankFiles(logs, 1).state.write_text(state(1).json())
+    os.utime(RankFiles(logs, 0).failed, (1, 1))
+    os.utime(RankFiles(logs, 1).state, (2, 2))
+    for began, expected in ((1, True), (2, True), (3, False)):
+        monkeypatch.setattr(sys, "argv", ["post_mortem", str(tmp_path), "1", "sbatch ...", str(began)])
+        post_mortem.main()
+        said = capsys.readouterr().out
+        assert (said != "") == expected
+        assert ("ValueError" in said) == (began == 1)
+
+
 def shown(folder, monkeypatch, capsys) -> str:
     monkeypatch.setattr(sys, "argv", ["post_mortem", str(folder)])
     post_mortem.main()

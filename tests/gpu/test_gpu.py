@@ -107,7 +107,7 @@ def draw(folder: Path, device: str) -> torch.Tensor:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_waits_for_no_device(tmp_path, device, precision):
     config = load("train", [*settings(tmp_path, device, f"precision={precision}"), *tiny.NETWORK], TrainConfig)
-    module = rank.module_of(config, tmp_path, rank.progress_of(config), device).to(device)
+    module = rank.module_of(config, rank.progress_of(config), device).to(device)
     optimizer, batches = module.configure_optimizers(), on(device, config)
     step(module, optimizer, next(batches))  # the first makes the optimizer's state and chooses kernels
     batch = next(batches)
@@ -162,7 +162,7 @@ def test_sampling_waits_for_no_device_between_its_first_and_its_last_step(tmp_pa
     overrides = settings(tmp_path, device, *tiny.NETWORK, "precision=fp32", f"sampler={sampler}", "sampler.num_steps=8")
     config, drawn = load("train", overrides, TrainConfig), []
     for where in ("cpu", device):
-        module = rank.module_of(config, tmp_path, rank.progress_of(config), where).to(where).eval()
+        module = rank.module_of(config, rank.progress_of(config), where).to(where).eval()
         generator = generator_of(config, module.model, module.objective, torch.device(where), 0)
         labels, first = torch.arange(6).to(where), SampleNoise(0, list(range(6)), generator.shape, generator.device)
         parts = generator.denoiser, generator.schedule, generator.variance

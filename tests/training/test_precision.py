@@ -125,7 +125,7 @@ def training(folder, precision):
     """A module and its optimizer, and a function that takes one step on them with the gradient's norm clipped."""
     more = ["strategy=single", f"precision={precision}", "condition_dropout=0.0", f"folder='{folder}/run'"]
     config = load("train", [*tiny.overrides(folder), *tiny.NETWORK, *more], TrainConfig)
-    module = rank.module_of(config, folder, rank.progress_of(config), "cpu")
+    module = rank.module_of(config, rank.progress_of(config), "cpu")
     optimizer = module.configure_optimizers()
     batch = next(iter(build(config["data"], "data").loader(Layout(32), 0, config["lanes"], 0, 2)))
 

@@ -1,0 +1,78 @@
+"""Who may write to a run's folder."""
+
+import errno
+import fcntl
+import time
+from contextlib import ExitStack
+from threading import Thread
+
+import pytest
+
+from diffusion_trainer.apps import folder as folders
+from diffusion_trainer.callbacks.run import STOP
+from diffusion_trainer.conventions import PassingError, UserError
+
+
+@pytest.fixture
+def lost(tmp_path, monkeypatch):
+    """lost(stops): an earlier start of job 77 that trains in the folder, until it is told to stop, or for ever."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with ExitStack() as stack:
+
+        def lost(stops: bool) -> None:
+            folder = stack.enter_context(ExitStack())
+            folder.enter_context(folders.held(tmp_path))
+
+            def train() -> None:
+                while not (tmp_path / STOP).exists():
+                    time.sleep(0.01)
+                folder.close()
+
+            if stops:
+                thread = Thread(target=train)
+                thread.start()
+                stack.callback(thread.join)
+            monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+        yield lost
+
+
+def test_a_start_on_a_node_that_slurm_has_lost_is_told_to_stop_by_the_next_one(tmp_path, lost, capsys):
+    lost(stops=True)
+    with folders.held(tmp_path):
+        assert not (tmp_path / STOP).exists()  # which would be for this one
+        assert folders.is_locked(tmp_path / ".lock")
+    assert "an earlier start of job 77 still trains in" in capsys.readouterr().out
+    assert not folders.is_locked(tmp_path / ".lock")
+
+
+def test_one_that_does_not_stop_costs_this_start_and_the_job_may_begin_again(tmp_path, lost, monkeypatch):
+    lost(stops=False)
+    monkeypatch.setattr(folders, "LOST_SECONDS", 0)
+    with pytest.raises(PassingError, match="an earlier start of job 77 has not stopped"), folders.held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("job", "restarts"), [("77", "0"), ("78", "1"), ("", "1")])
+def test_whoever_else_trains_there_is_left_alone(tmp_path, lost, monkeypatch, job, restarts):
+    lost(stops=False)
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    with pytest.raises(UserError, match="another process is training in"), folders.held(tmp_path):
+        pass
+    assert not (tmp_path / STOP).exists()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def flock(*_) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(UserError, match=r"\.lock cannot be locked \(Function not implemented\)"),
+        folders.held(tmp_path),
+    ):
+        pass
+    with pytest.raises(UserError, match="mount that file system with locks"):
+        folders.is_locked(tmp_path / ".lock")
