@@ -55,8 +55,8 @@ def processes_of(config: dict[str, Any], world: World | None) -> tuple[int, int]
     if world and trainer.processes not in (None, world.local_size):
         raise UserError(
             f"trainer.processes={trainer.processes}, but srun or torchrun has started {world.local_size} on this node: "
-            f"have it start {trainer.processes}, or leave trainer.processes out (inside `srun --pty`, which starts one, "
-            "env -u SLURM_STEP_NUM_TASKS diffusion-trainer ... has as many as you say)"
+            "have it start so many, or leave trainer.processes out (inside `srun --pty`, which starts one, `env -u "
+            "SLURM_STEP_NUM_TASKS diffusion-trainer ...` has as many as you say)"
         )
     count = world.local_size if world else trainer.local_processes(strategy)
     size = world.size if world else count
