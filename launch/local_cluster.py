@@ -90,13 +90,17 @@ class LocalCluster:
         """Starts the daemon of a node."""
         self._daemon(node, NODE, "-D", "-N", node, "-f", str(self.conf))
 
-    def crash(self, node: str) -> None:
-        """The node loses its power: its daemon, and all that jobs run there, are killed. `boot` brings it back."""
+    def lose(self, node: str) -> None:
+        """The node's daemon is killed: what jobs run there goes on, unseen. `boot` brings it back."""
         for name, process in self._daemons:
             if name == node:
                 process.kill()
                 process.wait()
         self._daemons = [(name, process) for name, process in self._daemons if name != node]
+
+    def crash(self, node: str) -> None:
+        """The node loses its power: its daemon, and all that jobs run there, are killed. `boot` brings it back."""
+        self.lose(node)
         for pid in self.processes(node):
             _kill(pid)
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import torch
 
@@ -191,3 +193,10 @@ class Trap(RunCallback):
     def after_step(self, previous: int) -> None:
         if self.run.images_seen == self.at and self.run.agreement.rank == self.rank:
             raise RuntimeError(f"the trap at {self.at}")
+
+
+class Built(RunCallback):
+    """built-<rank>, where the run was started, once the rank has made its callbacks; its model comes before them."""
+
+    def __init__(self):
+        Path(f"built-{os.environ['RANK']}").touch()

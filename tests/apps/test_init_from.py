@@ -1,6 +1,8 @@
 """Weights that one run takes from another: by name, refused by name, and kept when the other goes."""
 
 import shutil
+import socket
+import time
 
 import pytest
 import tiny
@@ -221,3 +223,24 @@ def test_a_second_stage_goes_on_bitwise_after_its_source_is_gone(trained, workpl
         command("sample", "checkpoint=runs/parts", "sampler=ancestral", "sampler.num_steps=3", "n=2", cwd=workplace)
     )
     assert code == 0, output
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_one_that_writes_the_initial_weights(trained, workplace):
+    """As srun or torchrun may start them: rank 1 has made its model before rank 0 is there."""
+    shutil.copytree(trained / "runs" / "digits", workplace / "runs" / "source")
+    more = ["num_images=32", "strategy=ddp", "allowed_targets=[spies]", "+callbacks.built._target_=spies.Built"]
+    with socket.create_server(("", 0)) as server:
+        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(server.getsockname()[1])}
+
+    def started(rank: str):
+        env = {**world, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost"}
+        return command(*HEAD, *more, cwd=workplace, **env)
+
+    second = started("1")
+    while not (workplace / "built-1").exists():
+        assert second.poll() is None, second.communicate()[0]
+        time.sleep(0.05)
+    ends = [finish(process) for process in (started("0"), second)]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert latest(workplace / "runs" / "head" / "checkpoints").name == "images-000000000032"

@@ -184,6 +184,22 @@ def test_a_job_that_has_lost_a_node_ends_on_the_other_waits_for_another_and_goes
     assert "resuming from images-" in log  # the first may come before there is a checkpoint
 
 
+def test_ranks_on_a_node_that_slurm_has_lost_save_and_stop_for_the_next_start(cluster, checkout, submit, survives):
+    """The node's daemon alone dies. SLURM starts the job on the other node; the ranks of the first start go on."""
+    job = submit("unseen", *slowly(1), options=["--nodes=1", "--ntasks-per-node=2"])
+
+    def lose() -> None:
+        node = cluster.job(job)["NodeList"]
+        cluster.lose(node)
+        until(lambda: "told to stop" in log_of(checkout, job), lambda: log_of(checkout, job), 180)
+        until(lambda: "resuming from" in log_of(checkout, job), lambda: log_of(checkout, job), 60)
+        cluster.boot(node)
+
+    restarts, log = survives(job, "unseen", [lose])
+    assert restarts == 1, log
+    assert "post-mortem" not in log
+
+
 @pytest.mark.parametrize("mistake", ["optimizer.learning=1", "lanes=3"])
 def test_a_mistake_in_the_arguments_is_told_once(cluster, checkout, submit, mistake):
     """The second is one that rank 0 alone looks for."""
