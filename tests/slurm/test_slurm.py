@@ -186,7 +186,9 @@ def test_a_job_that_has_lost_a_node_ends_on_the_other_waits_for_another_and_goes
 
 def test_ranks_on_a_node_that_slurm_has_lost_save_and_stop_for_the_next_start(cluster, checkout, submit, survives):
     """The node's daemon alone dies. SLURM starts the job on the other node; the ranks of the first start go on."""
-    job = submit("unseen", *slowly(1), options=["--nodes=1", "--ntasks-per-node=2"])
+    job = submit(
+        "unseen", *callback("creep", "faults.Creep", seconds=1, starts=1), options=["--nodes=1", "--ntasks-per-node=2"]
+    )
 
     def lose() -> None:
         node = cluster.job(job)["NodeList"]
