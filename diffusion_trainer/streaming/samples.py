@@ -85,7 +85,7 @@ class Samples:
         probes = sorted({n * (len(checksums) - 1) // (PROBES - 1) for n in range(PROBES)})
         if len(probes) < 2 or any(self._fits(k, offsets[i], offsets[i + 1], checksums[i]) for i in probes):
             return False
-        lying = _Lying(self.store, self.shards[k], self.max_bytes)
+        lying = _Lying(self.store, self.shards[k])
         try:
             return any(entry.start >= offsets[1] for entry, _ in entries(lying, checked=True))
         except Damage:
@@ -135,19 +135,16 @@ class Samples:
 
 
 class _Lying:
-    """A shard where it lies, as `entries` reads it: never more than `at_most` bytes at once."""
+    """A shard where it lies, as `entries` reads it."""
 
-    def __init__(self, store: Store, shard: Shard, at_most: int):
-        self.store, self.shard, self.at_most = store, shard, at_most
+    def __init__(self, store: Store, shard: Shard):
+        self.store, self.shard = store, shard
 
     def __len__(self) -> int:
         return self.shard.size
 
     def __getitem__(self, piece: slice) -> bytearray:
-        size = piece.stop - piece.start
-        if size > self.at_most:
-            raise TooLarge(f"a header of {size} bytes")
-        data = bytearray(size)
+        data = bytearray(piece.stop - piece.start)
         self.store.read(self.shard, piece.start, memoryview(data))
         return data
 

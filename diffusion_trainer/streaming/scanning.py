@@ -100,7 +100,7 @@ def _samples(file: _File) -> tuple[list[int], Mapping, Damage | None]:
             seen.add(key)
             offsets.append(entry.start)
         _check_end(file, end)
-    except (BadArchive, Truncated) as damage:
+    except Damage as damage:
         return offsets or [0], fields, damage  # the sample that was being read may lack members: it is left out
     if key is not None:
         fields[tuple(sorted(extensions))] += 1

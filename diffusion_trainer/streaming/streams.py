@@ -92,18 +92,16 @@ class Stream(io.RawIOBase):
 
 
 class _Forward:
-    """A stream as `members` reads it: forward alone, and never more than `at_most` bytes at once."""
+    """A stream as `members` reads it: forward alone."""
 
-    def __init__(self, stream: BinaryIO, at_most: int):
-        self.stream, self.at_most, self.at = stream, at_most, 0
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.at = stream, 0
 
     def __len__(self) -> int:
         return MAX_SHARD  # nobody knows
 
     def __getitem__(self, piece: slice) -> bytes:
         size = piece.stop - piece.start
-        if size > self.at_most:
-            raise TooLarge(f"a header of {size} bytes, more than data.max_sample_bytes={self.at_most}")
         while self.at < piece.start and self._read(min(CHUNK, piece.start - self.at)):
             pass
         data = self._read(size)
@@ -128,7 +126,7 @@ def samples(
     Raises Damage at what ends the shard early, Gone if there is none, PassingError or UserError if it cannot be read.
     """
     with closing(Stream(remote, retries, url)) as raw:
-        yield from _samples(_Forward(_opened(raw, url), at_most), wanted)
+        yield from _samples(_Forward(_opened(raw, url)), wanted, at_most)
 
 
 def _opened(raw: Stream, url: str) -> BinaryIO:
@@ -141,7 +139,7 @@ def _opened(raw: Stream, url: str) -> BinaryIO:
     return gzip.GzipFile(fileobj=stream)
 
 
-def _samples(tar: _Forward, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, bytes | Damage]]]:
+def _samples(tar: _Forward, wanted: Collection[str], at_most: int) -> Iterator[tuple[str, dict[str, bytes | Damage]]]:
     key, sample, size = None, {}, 0  # what ends a shard early leaves out this one, which may lack members
     for member in members(tar, checked=True):
         found = key_and_extension(member.name)
@@ -155,12 +153,12 @@ def _samples(tar: _Forward, wanted: Collection[str]) -> Iterator[tuple[str, dict
             raise BadArchive(f"{member.name} is in it twice")
         if found[1] in wanted:
             size += member.size
-            sample[found[1]] = _member(tar, member, size)
+            sample[found[1]] = _member(tar, member, size, at_most)
     if key is not None:
         yield key, sample
 
 
-def _member(tar: _Forward, member: Member, size: int) -> bytes | Damage:
-    if size > tar.at_most:
-        return TooLarge(f"it has {size} bytes or more, more than data.max_sample_bytes={tar.at_most}")
+def _member(tar: _Forward, member: Member, size: int, at_most: int) -> bytes | Damage:
+    if size > at_most:
+        return TooLarge(f"it has {size} bytes or more, more than data.max_sample_bytes={at_most}")
     return tar[member.offset : member.offset + member.size]

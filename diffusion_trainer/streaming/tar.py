@@ -7,16 +7,18 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from diffusion_trainer.streaming.damage import BadArchive, Truncated
+from diffusion_trainer.streaming.damage import BadArchive, TooLarge, Truncated
 
 BLOCK = 512
 MAX_DIGITS = 19
+MAX_HEADER = 1 << 20  # bytes of an extended header: who writes one may be a stranger, and it is read at once
 REGULAR = b"0\x007"  # type flags of files (0, old-style NUL, contiguous)
 NO_DATA = b"123456"  # links, devices, folders, pipes: whatever size they tell, nothing follows
 EXTENDED = b"Lx"  # GNU's long name, or pax records, of the header that follows
 COMMON = b"gK"  # pax records for all, a link's long target: they say nothing of one member's name
 SPARSE = b"S"  # GNU's old way for files with holes; in pax headers they are records
 SPARSE_RECORDS = b"GNU.sparse."
+_RECORD = re.compile(rb"(\d{1,%d}) ([^=]*)=" % MAX_DIGITS)  # how one of pax begins: its length and key
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _META = re.compile(r"__[^/]*__(/|\Z)")  # webdataset's
 
@@ -62,8 +64,9 @@ def entries(data: Bytes, checked: bool = False) -> Iterator[tuple[Member, bool]]
     """All that has a header in a tar, or in a piece of one that starts at a header; an empty block or the data end it.
 
     With each, whether it is a file (not a folder, a link, or a header of headers). Long names and sizes of extended
-    headers are those of the entry that follows. checked: the headers' checksums, too. Raises BadArchive for what is no
-    header, Truncated for an entry that does not end within the data.
+    headers are those of the entry that follows. checked: the headers' checksums, too. It takes no more than MAX_HEADER
+    bytes at once. Raises BadArchive for what is no header, TooLarge for a larger one, Truncated for an entry that does
+    not end within the data.
     """
     at, end, long = 0, len(data), _Long()
     while at + BLOCK <= end:
@@ -82,6 +85,8 @@ def entries(data: Bytes, checked: bool = False) -> Iterator[tuple[Member, bool]]
         if offset + size > end:
             raise Truncated(f"a member of {size} bytes at byte {offset} ends beyond byte {end}")
         if kind in EXTENDED:
+            if size > MAX_HEADER:
+                raise TooLarge(f"an extended header at byte {at} has {size} bytes, more than {MAX_HEADER}")
             long = long.read(kind, bytes(data[offset : offset + size]), offset)
             long = long._replace(start=at if long.start is None else long.start)
             yield Member(at, "", offset, size), False
@@ -129,15 +134,14 @@ class _Long(NamedTuple):
 
 def _pax(body: bytes, at: int) -> dict[bytes, bytes]:
     """Records "<length> <key>=<value>\\n"; the length counts all of it, so that values may hold newlines."""
-    records = {}
-    while body.strip(b"\0"):
-        length, _, _ = body.partition(b" ")
-        size = _decimal(length, at)
-        key, equals, value = body[len(length) + 1 : size - 1].partition(b"=")
-        if not equals or not len(length) < size <= len(body):
+    records, place, end = {}, 0, len(body.rstrip(b"\0"))
+    while place < end:  # by position: what is left, copied for each record, would be quadratic
+        found = _RECORD.match(body, place)
+        size = int(found[1]) if found else 0
+        if found is None or not found.end() < place + size <= len(body):
             raise BadArchive(f"a pax header at byte {at} cannot be read")
-        records[key] = value
-        body = body[size:]
+        records[found[2]] = body[found.end() : place + size - 1]
+        place += size
     return records
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from streaming.making import END, gnu_tar, header, member, pax, python_tar, theorem
 from webdataset.tariterators import base_plus_ext
 
-from diffusion_trainer.streaming.damage import BadArchive, Truncated
-from diffusion_trainer.streaming.tar import key_and_extension, members
+from diffusion_trainer.streaming.damage import BadArchive, TooLarge, Truncated
+from diffusion_trainer.streaming.scanning import scan
+from diffusion_trainer.streaming.tar import MAX_HEADER, _pax, key_and_extension, members
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 LETTERS = st.sampled_from("abcXYZ019._- +é本𝄞\n\t'\"%:")
@@ -222,6 +223,35 @@ def test_pax_records_that_cannot_be_read(record):
 def test_a_pax_size_that_is_none(size):
     with pytest.raises((BadArchive, Truncated)):
         list(members(pax({"size": size}) + member("a.txt", b"1") + END))
+
+
+class Counted(bytes):
+    """Adds up the bytes that are copied out of it, and out of what was."""
+
+    copied = 0
+
+    def __getitem__(self, piece):
+        found = Counted(super().__getitem__(piece))
+        Counted.copied += len(found)
+        return found
+
+
+def test_pax_records_cost_their_bytes_and_not_the_square_of_them():
+    body = b"5 a=\n" * 4000 + b"12 path=b.c\n"
+    assert _pax(Counted(body), 0) == {b"a": b"", b"path": b"b.c"}
+    assert Counted.copied <= len(body)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_an_extended_header_has_a_bound(kind, tmp_path):
+    """Which of 900 GB, a file with holes, would else be read at once."""
+    last = header(b"e", MAX_HEADER, kind) + bytes(MAX_HEADER) + member("a.txt", b"1") + END
+    assert [m.size for m in members(last)] == [1]
+    path = tmp_path / "a.tar"
+    path.write_bytes(member("a.txt", b"1") + header(b"e", MAX_HEADER + 1, kind) + bytes(MAX_HEADER + 4096))
+    found = scan(path)
+    assert isinstance(found.damage, TooLarge)
+    assert f"{MAX_HEADER + 1} bytes" in str(found.damage)
 
 
 @theorem(300)
