@@ -83,12 +83,16 @@ class Stream(io.RawIOBase):
         yield from pieces
 
     def _check_end(self) -> None:
-        """Whoever says honestly that he sends half of it does not tell that there is more."""
+        """No tar ends where its reader wants more. Whoever says honestly that he sends half of it does not tell that
+        there is more, and who tells no size is asked once more."""
         size = self.remote.size(self.url)
-        if size is None and not self._at and is_url(self.url):
-            raise Sick("nothing came")
-        if size and size != self._at:  # some servers say 0 of what they stream
+        if size and size != self._at:
             raise Sick(f"{self._at} bytes came where the object has {size}")
+        if size or not is_url(self.url):  # some servers say 0 of what they stream, and disks of what is no file
+            return
+        if size is None and not self._at:
+            raise Sick("nothing came")
+        self._twice((self._at, self._crc32), f"no more than {self._at} bytes came, and no end of the tar")
 
 
 class _Forward:

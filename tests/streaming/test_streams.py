@@ -3,6 +3,7 @@
 import gzip
 import tarfile
 import tracemalloc
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -253,6 +254,26 @@ def test_what_begins_as_no_tar_is_a_store_that_is_ill_and_no_damage(message, ser
     server.always[FIRST] = says
     with pytest.raises(PassingError, match=r"no tar: what came begins with|bytes came where the object has"):
         contents(f"{server.url}{FIRST}")
+
+
+class Mute(Remote):
+    """Tells no sizes, as servers that stream."""
+
+    def size(self, url: str) -> None:
+        return None
+
+
+def test_a_short_answer_of_a_store_that_tells_no_size_is_believed_when_it_comes_again(server, truth):
+    def found() -> Iterator[tuple[str, dict[str, bytes | Damage]]]:
+        return samples(Mute(20.0), Retries(3, 0.001), f"{server.url}{FIRST}", ("bin", "cls"), MB)
+
+    server.script[FIRST] = [flaky.half]
+    assert list(found()) == truth
+    server.always[FIRST] = flaky.half
+    before = server.count(FIRST)
+    with pytest.raises(Truncated):
+        list(found())
+    assert server.count(FIRST) == before + 2
 
 
 def test_a_command_that_writes_nothing_is_no_empty_shard():
