@@ -3,7 +3,7 @@
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,16 +51,25 @@ class Site(ABC):
 
     def begin_anew(self) -> None:
         """Takes out of its folder's index what is there no more, and empties one that is none."""
-        try:
-            gone = self.gone()
-        except UserError:
-            return self.put(INDEX, serialized([]))
-        if gone:
-            self.list([], without=gone)
+        with self.alone():
+            try:
+                gone = self.gone()
+            except UserError:
+                return self.put(INDEX, serialized([]))
+            if gone:
+                self._list([], without=gone)
         return None
+
+    def alone(self) -> AbstractContextManager:
+        """While it lasts no other process changes its folder's index, where files can be locked."""
+        return nullcontext()
 
     def list(self, shards: Sequence[Shard], without: Container[str]) -> None:
         """Adds shards to its folder's index and takes others out."""
+        with self.alone():
+            self._list(shards, without)
+
+    def _list(self, shards: Sequence[Shard], without: Container[str]) -> None:
         every = {shard.url: shard for shard in (*self.listed(), *shards) if shard.url not in without}
         if every or self.has(INDEX):
             self.put(INDEX, serialized(every.values()))
@@ -112,9 +121,8 @@ class LocalSite(Site):
     def has(self, name: str) -> bool:
         return self.path.with_name(name).is_file()
 
-    def list(self, shards: Sequence[Shard], without: Container[str]) -> None:
-        with locked(self.path.parent):
-            super().list(shards, without)
+    def alone(self) -> AbstractContextManager:
+        return locked(self.path.parent)
 
     def gone(self) -> set[str]:
         return {shard.url for shard in self.listed() if not self.has(shard.url)}
@@ -167,6 +175,12 @@ class RemoteSite(Site):
     def remove(self, name: str) -> None:
         if self.out is not None:
             LocalSite(self.out / self.name).remove(name)
+
+    def alone(self) -> AbstractContextManager:
+        if self.out is None:
+            return super().alone()
+        self.out.mkdir(parents=True, exist_ok=True)
+        return LocalSite(self.out / self.name).alone()
 
     def clean(self) -> None:
         if self.out is not None:

@@ -3,11 +3,12 @@
 import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +17,12 @@ from PIL import Image
 from streaming.making import END, member, shard_bytes, write_set
 
 from diffusion_trainer.streaming import indexing, locks
-from diffusion_trainer.streaming.index import read_index, serialized
+from diffusion_trainer.streaming.index import Shard, read_index, serialized
 from diffusion_trainer.streaming.indexing import index
+from diffusion_trainer.streaming.remote import Remote
+from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.scanning import scan
-from diffusion_trainer.streaming.sites import LocalSite
+from diffusion_trainer.streaming.sites import LocalSite, RemoteSite
 
 
 @pytest.fixture(autouse=True)
@@ -217,3 +220,24 @@ def test_what_is_removed_before_its_writer_has_locked_it_is_written_again(tmp_pa
     monkeypatch.setattr(locks, "fcntl", SimpleNamespace(**{**vars(fcntl), "flock": lock}))
     site.put("x.tar.idx", b"1")
     assert contents(tmp_path) == {"x.tar.idx": b"1"}
+
+
+@dataclass(frozen=True)
+class Slow(RemoteSite):
+    """Writes the index once another process would have been done with it, if it may."""
+
+    other: Thread | None = None
+
+    def put(self, name: str, data: bytes) -> None:
+        self.other.start()
+        self.other.join(0.05)
+        super().put(name, data)
+
+
+def test_two_that_index_into_one_folder_keep_each_others_shards(tmp_path):
+    store = Remote(20.0), Retries(0, 0.0), tmp_path / "out"
+    site = RemoteSite("memory://d/b.tar", *store)
+    other = Thread(target=site.list, args=([Shard("b.tar", 1, 1024, 0)], ()))
+    Slow("memory://d/a.tar", *store, other).list([Shard("a.tar", 1, 1024, 0)], ())
+    other.join()
+    assert {shard.url for shard in site.listed()} == {"a.tar", "b.tar"}
