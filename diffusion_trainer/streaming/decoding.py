@@ -4,10 +4,12 @@ Damage is all that these functions raise for bad data; the libraries' own except
 """
 
 import io
+import re
 import struct
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +20,10 @@ from diffusion_trainer.streaming.damage import Damage, TooLarge, Undecodable
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # extensions; the bytes decide which of the formats it is
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
+MAX_SCANS = 100  # of a JPEG: ten are usual, and each costs what its pixels do
+_SCAN = re.compile(b"\xff\xda")  # how one begins, and nothing else but in comments and thumbnails
+_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables and comments, which may come before the frame
+_SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # frames whose scans have bits for each block, so that bytes bound them
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -72,11 +78,22 @@ class Jpeg(Picture):
             super().into(out)
 
     def _decode(self, channels: int, height: int, width: int, buffer: np.ndarray | None = None) -> np.ndarray:
+        self._check_scans()
         colours = "GRAY" if channels == 1 else "RGB"
         try:
             return simplejpeg.decode_jpeg(self.data, colours, min_height=height, min_width=width, buffer=buffer)
         except ValueError as error:
             raise undecodable(f"its JPEG data are damaged ({error})", self.data) from error
+
+    def _check_scans(self) -> None:
+        """A scan of a hundred bytes may pass over all pixels of a progressive JPEG."""
+        data, at = self.data, 2
+        while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] in _SEGMENTS:
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+        if bytes(data[at : at + 2]) in _SEQUENTIAL:
+            return
+        if any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
+            raise undecodable(f"the JPEG has more than {MAX_SCANS} scans", data)
 
 
 class ByPillow(Picture):

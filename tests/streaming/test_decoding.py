@@ -11,7 +11,7 @@ from PIL import Image as Pillow
 from PIL import ImageCms
 
 from diffusion_trainer.streaming.damage import Damage, TooLarge, Undecodable
-from diffusion_trainer.streaming.decoding import MODES, ByPillow, Jpeg, image_size, picture_of
+from diffusion_trainer.streaming.decoding import MAX_SCANS, MODES, ByPillow, Jpeg, image_size, picture_of
 from diffusion_trainer.streaming.fields import SampleDraws
 from diffusion_trainer.streaming.images import CenterCrop, Image
 
@@ -288,3 +288,26 @@ def test_a_jpeg_decoded_smaller_is_the_average_of_its_pixels(size, factor):
     inner = whole[: size[0] // factor * factor, : size[1] // factor * factor]
     blocks = inner.reshape(size[0] // factor, factor, -1, factor).mean((1, 3))
     assert np.abs(small[: blocks.shape[0], : blocks.shape[1], 0] - blocks).max() <= 1.5
+
+
+@pytest.mark.parametrize("before", [b"", b"\xff\xfe\x00\x06\xff\xc0\x00\x02", b"\xff\xfe\x00\x02\xff\xff\xfe\x00\x02"])
+def test_a_progressive_jpeg_has_a_bounded_number_of_scans(before):
+    """Each of these passes over all pixels and says nothing: a code for the end of 2^14 blocks is all that it has.
+    before: a comment that looks like a sequential frame; one behind a byte that fills."""
+    plain = encoded(Pillow.new("L", (16, 16), 77), "JPEG", progressive=True)
+    table = b"\xff\xc4\x00\x14\x10" + bytes([1, *15 * [0]]) + b"\xe0"
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" + bytes(2)
+
+    def decoded(scans: int) -> np.ndarray:
+        extra = scans - plain.count(b"\xff\xda")
+        return picture_of(memoryview(plain[:2] + before + plain[2:-2] + table + scan * extra + plain[-2:])).pixels(1)[0]
+
+    assert (decoded(MAX_SCANS) == 77).all()
+    with pytest.raises(Undecodable, match=f"more than {MAX_SCANS} scans"):
+        decoded(MAX_SCANS + 1)
+
+
+def test_what_looks_like_scans_in_a_comment_of_a_sequential_jpeg_is_none():
+    plain = encoded(Pillow.new("L", (16, 16), 77), "JPEG")
+    comment = b"\xff\xfe\x01\x02" + b"\xff\xda" * 128
+    assert (picture_of(memoryview(plain[:2] + comment + plain[2:])).pixels(1)[0] == 77).all()
