@@ -64,3 +64,8 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 def seed_of(*key: int | str) -> int:
     """A 63-bit seed that depends on the key alone: not on the process, the platform or a library's stream."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def plain(text: str) -> str:
+    """What strangers wrote, without the characters that a terminal would obey or cannot show."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

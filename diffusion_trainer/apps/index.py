@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import Schema
 from diffusion_trainer.callbacks.redaction import filled
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, plain
 from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES
 from diffusion_trainer.streaming.indexing import Report, index
 from diffusion_trainer.streaming.remote import Gone, Remote, globbed
@@ -123,9 +123,9 @@ def _tell(report: Report, kept: bool) -> int:
     before = f", {report.known:,} of them indexed before" if report.known else ""
     print(f"index: {len(report.shards):,} shards{before}, {samples:,} samples, {size / 1e9:,.3f} GB")
     for extensions, count in report.fields.most_common():
-        print(f"  {count:>12,} samples with {', '.join('.' + e for e in extensions)}")
+        print(f"  {count:>12,} samples with {', '.join(f'.{plain(e)}' for e in extensions)}")
     for path, why in sorted(report.damaged.items()):
-        print(f"  damaged: {path}: {why}", file=sys.stderr)
+        print(f"  damaged: {plain(path)}: {why}", file=sys.stderr)
     if report.damaged and not kept:
         print(
             f"error: {len(report.damaged)} damaged shards are not in the index; write or copy them again, or index "

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import Schema
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, plain
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.streaming.damage import Found
 from diffusion_trainer.streaming.inspecting import (
@@ -121,12 +121,12 @@ def _tell(contents: Sequence[Contents], survey: Survey) -> None:
 
 
 def _tell_member(extension: str, member: Member) -> None:
-    print(f"  .{_plain(extension)}: in {len(member.sizes):,}, {_range(member.sizes)} bytes")
+    print(f"  .{plain(extension)}: in {len(member.sizes):,}, {_range(member.sizes)} bytes")
     for shape, count in member.shapes.most_common(EXAMPLES):
-        print(f"    {count:>8,}  {_plain(shape)}")
+        print(f"    {count:>8,}  {plain(shape)}")
     if len(member.shapes) > EXAMPLES:
         print(f"    and {len(member.shapes) - EXAMPLES:,} other shapes")
-    values = [_plain(value) for value, _ in member.values.most_common(EXAMPLES)]
+    values = [plain(value) for value, _ in member.values.most_common(EXAMPLES)]
     if values:
         between = ", " if max(map(len, values)) <= SHORT else "\n              "
         print(
@@ -150,14 +150,9 @@ def _tell_damage(found: Sequence[Found], survey: Survey, verified: bool) -> None
     for (kind, shard), count in counts.most_common(LISTED):
         example = first[kind, shard]
         where = "" if example.sample == WHOLE else f"sample {example.sample}: "
-        print(f"  {count:>8,} {kind:<14} {_plain(shard)}: {where}{_plain(example.message)}", file=sys.stderr)
+        print(f"  {count:>8,} {kind:<14} {plain(shard)}: {where}{plain(example.message)}", file=sys.stderr)
     if len(counts) > LISTED:
         print(f"  and in {len(counts) - LISTED:,} other shards", file=sys.stderr)
-
-
-def _plain(text: str) -> str:
-    """What comes from the data, without the characters that a terminal would obey or cannot show."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _draw(images: Sequence[Image.Image], out: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, plain
 from diffusion_trainer.streaming.buckets import Bucketed
 from diffusion_trainer.streaming.damage import Damage, Found, Hopeless
 from diffusion_trainer.streaming.fields import Decoder, Draws
@@ -56,7 +56,7 @@ class Reader:
     def _instead(self, number: int, bad: Sequence[Found]) -> tuple[int, int]:
         """Shard and sample of the next candidate, after those that were `bad`."""
         if len(bad) > MAX_ATTEMPTS:
-            last = "\n".join(f"  {f.kind}: sample {f.sample} of {f.shard}: {f.message}" for f in bad[-8:])
+            last = "\n".join(f"  {f.kind}: sample {f.sample} of {plain(f.shard)}: {f.message}" for f in bad[-8:])
             raise Hopeless(f"{MAX_ATTEMPTS} samples in a row are damaged; the last ones:\n{last}", bad)
         source, shard, sample = self.stream.instead(number, len(bad) - 1)
         return int(self.first_shard[source]) + shard, sample

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, plain
 
 
 class Damage(Exception):
     """A sample cannot be used; it is replaced and counted. The message says what was found."""
 
     kind: ClassVar[str] = "damaged"  # its name in reports
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class Truncated(Damage):

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import DataPipeline, ResampledShards, shuffle
 
-from diffusion_trainer.conventions import UserError, seed_of
+from diffusion_trainer.conventions import UserError, plain, seed_of
 from diffusion_trainer.streaming.base import Data
 from diffusion_trainer.streaming.damage import Damage, Found, Hopeless, MissingShard
 from diffusion_trainer.streaming.fields import Draws, Field
@@ -157,7 +157,7 @@ class _Stream(IterableDataset):
 
         def failed(row: int, damage: Damage) -> None:
             url, key = names[row]
-            self._report(damage, url, f"{key}: {damage}")
+            self._report(damage, url, f"{plain(key)}: {damage}")
 
         objects = self.data.decoder.fill(arrays, Draws(self.seed, numbers), read, failed)
         found, self._found = self._found, []
@@ -208,5 +208,5 @@ class _Stream(IterableDataset):
 
     def _give_up(self) -> None:
         if len(self._found) >= MAX_BAD:
-            last = "\n".join(f"  {f.kind}: {f.shard}: {f.message}" for f in self._found[-8:])
+            last = "\n".join(f"  {f.kind}: {plain(f.shard)}: {f.message}" for f in self._found[-8:])
             raise Hopeless(f"{MAX_BAD} failures within one batch; the last ones:\n{last}", self._found)

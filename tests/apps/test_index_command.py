@@ -55,6 +55,18 @@ def test_any_number_of_processes_writes_the_same_files(here, capsys):
     assert contents() == one
 
 
+def test_names_from_shards_do_not_command_the_terminal(here, capsys):
+    evil = "jpg\n\x1b[2Jindex: 9 shards, all well\x9b31m"
+    Path("shards/x-000.tar").write_bytes(member(f"a.{evil}", b"1") + END)
+    Path("shards/x-001.tar").write_bytes(2 * member(f"a.{evil}", b"1") + END)
+    code, said, told = run("shards/x-00[01].tar", "processes=1", capsys=capsys)
+    assert code == 2
+    assert [len(text.splitlines()) for text in (said, told)] == [2, 2]
+    assert (said + told).replace("\n", "").isprintable()
+    assert r".jpg\n\x1b[2jindex" in said
+    assert r"a.jpg\n\x1b[2Jindex: 9 shards, all well\x9b31m is in it twice" in told
+
+
 def test_a_damaged_shard_is_named_left_out_and_kept_on_demand(here, capsys):
     os.truncate("shards/x-003.tar", 5000)
     code, said, told = run("shards/x-{000..003}.tar", "processes=1", capsys=capsys)
