@@ -10,7 +10,7 @@ from typing import TypeVar
 from diffusion_trainer.conventions import PassingError
 
 LONGEST_WAIT_SECONDS = 60.0
-LONGEST_SECONDS = 900.0  # in all: a try may take long, too
+LONGEST_SECONDS = 900.0  # after the first try none begins: one may take long, too
 LONGEST_ASKED_SECONDS = 300.0  # a store that wants more (Retry-After) is down
 AGAIN = "What was done stands: once it can be read, run the same command again"  # whatever the verb
 _JITTER = SystemRandom()  # forked workers would share the state of any other, and all come back at the same moment
@@ -41,8 +41,8 @@ class Twice:
 
 @dataclass(frozen=True)
 class Retries:
-    """Tries again up to `count` times, waiting uniform(0, backoff_seconds 2^k) before the k-th, at most a minute each
-    and a quarter of an hour in all.
+    """Tries again up to `count` times, waiting uniform(0, backoff_seconds 2^k) before the k-th, at most a minute each.
+    No try begins later than a quarter of an hour after the first.
 
     Exponential backoff with full jitter: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
@@ -61,12 +61,13 @@ class Retries:
             try:
                 return attempt()
             except Sick as sick:
-                seconds = time.monotonic() - begin
-                if tries > self.count or sick.asked_seconds > LONGEST_ASKED_SECONDS or seconds > LONGEST_SECONDS:
+                seconds, wait = time.monotonic() - begin, sick.asked_seconds + self._wait(tries - 1)
+                late = sick.asked_seconds > LONGEST_ASKED_SECONDS or seconds + wait > LONGEST_SECONDS
+                if tries > self.count or late:
                     raise PassingError(
                         f"{url} cannot be had: {sick} (tried {tries} times in {seconds:.0f} s). {AGAIN}"
                     ) from sick
-                time.sleep(sick.asked_seconds + self._wait(tries - 1))
+                time.sleep(wait)
 
     def _wait(self, tries: int) -> float:
         return _JITTER.uniform(0.0, min(self.backoff_seconds * 2.0 ** min(tries, 32), LONGEST_WAIT_SECONDS))

@@ -2,6 +2,7 @@
 
 import time
 from email.utils import formatdate
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,25 @@ def test_waits_double_with_full_jitter_up_to_a_minute(sleeps):
     shares = [wait / cap for wait, cap in zip(sleeps, caps, strict=True)]
     assert abs(np.mean(shares) - 0.5) < 6 * 12**-0.5 / 200**0.5
     assert np.std(shares) > 0.2
+
+
+@pytest.mark.parametrize(("asked_seconds", "try_seconds"), [(299.0, 0.0), (0.0, 400.0), (100.0, 100.0), (0.0, 901.0)])
+def test_no_try_begins_after_a_quarter_of_an_hour(asked_seconds, try_seconds, monkeypatch):
+    now, begun = 0.0, []
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def never():
+        begun.append(now)
+        advance(try_seconds)
+        raise Sick("no", asked_seconds)
+
+    monkeypatch.setattr(retries, "time", SimpleNamespace(monotonic=lambda: now, sleep=advance))
+    with pytest.raises(UserError, match=f"tried {int(900 / (asked_seconds + try_seconds)) + 1} times"):
+        Retries(10, 0.001)("u", never)
+    assert max(begun) <= 900
 
 
 @pytest.mark.parametrize("asked", ["seconds", "date"])
