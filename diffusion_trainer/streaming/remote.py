@@ -1,9 +1,11 @@
 """Objects at URLs, through fsspec's backends."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import fsspec
@@ -23,6 +25,7 @@ HTTP = ("http://", "https://")
 KEPT: set[fsspec.AbstractFileSystem] = set()
 WITNESSES = 4  # shards that are asked for to see whether a store is up
 CHUNK = 1 << 20  # bytes of a stream that come at a time, at most
+MAX_SMALL = 1 << 28  # bytes of an object that is read at once: of an index, two million shards
 
 
 class NothingThere(PassingError):
@@ -51,24 +54,39 @@ class Remote:
 
     def get(self, url: str, path: Path, at_most: int) -> None:
         """The whole object into a file. TooMuch once it is known to be larger, part of it being in the file."""
+        counted = _AtMost(at_most)
         if is_pipe(url):
-            with path.open("wb") as file:
-                return self._run(url, _Counted(file.write, at_most))
+            with path.open("wb") as file, closing(self.stream(url)) as pieces:
+                for data in pieces:
+                    counted.relative_update(file.write(data))
+            return
         system, name = self._system(url)
         with translated(url):  # one request; `open().read()` would make one for every few megabytes
-            system.get_file(name, str(path), callback=_AtMost(at_most))
+            system.get_file(name, str(path), callback=counted)
 
-    def cat(self, url: str, first: int | None = None, last: int | None = None) -> bytes:
-        """The object, or its bytes [first, last) as far as it has them."""
+    def whole(self, url: str, at_most: int) -> bytes:
+        """The whole object, which is in memory only once it is known to be no larger: else TooMuch."""
+        try:
+            with TemporaryDirectory(prefix="object-") as folder:
+                path = Path(folder) / "object"
+                self.get(url, path, at_most)
+                return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{url} cannot be read by way of the folder {gettempdir()} ({error})") from error
+
+    def cat(self, url: str, first: int, last: int) -> bytes:
+        """Bytes [first, last) of the object, as far as it has them; what knows no ranges sends more."""
         if is_pipe(url):
-            pieces: list[bytes] = []
-            self._run(url, pieces.append)
-            return b"".join(pieces)
+            found = bytearray()
+            with closing(self.stream(url)) as pieces:
+                while len(found) <= last and (data := next(pieces, b"")):
+                    found += data
+            return bytes(found)
         system, name = self._system(url)
         with translated(url):
             return system.cat_file(name, start=first, end=last)
 
-    def stream(self, url: str) -> Iterator[bytes]:
+    def stream(self, url: str) -> Generator[bytes, None, None]:
         """The object from its start on, in pieces as they come."""
         if is_pipe(url):
             self._check_allowed(url)
@@ -119,11 +137,6 @@ class Remote:
                 raise Sick(f"a folder is listed, but not what is in it ({gone})") from gone
         return sorted(map(system.unstrip_protocol, found))
 
-    def _run(self, url: str, write: Callable[[bytes], Any]) -> None:
-        self._check_allowed(url)
-        for data in pipes.output(url, self.timeout_seconds):
-            write(data)
-
     def _check_allowed(self, url: str) -> None:
         if not self.allow_pipe:
             raise UserError(f"{url}: it runs a shell command; set allow_pipe=true if that is what you want")
@@ -167,10 +180,13 @@ def read(remote: Remote, retries: Retries, url: str, parse: Callable[[bytes], Re
 
     def attempt() -> Result:
         try:
-            data = remote.cat(url)
+            data = remote.whole(url, MAX_SMALL)
         except Gone as gone:
             twice(Gone, str(gone))
             raise
+        except TooMuch as much:
+            twice(TooMuch, str(much))
+            raise UserError(f"{url}: {much}, which no index has") from much
         try:
             return parse(data)
         except UserError as error:
@@ -218,18 +234,6 @@ def check_there(remote: Remote, retries: Retries, url: str, others: Sequence[str
         )
 
 
-@dataclass
-class _Counted:
-    write: Callable[[bytes], Any]
-    at_most: int
-    count: int = 0
-
-    def __call__(self, data: bytes) -> None:
-        self.count += len(data)
-        self.write(data)
-        _check(self.count, self.at_most)
-
-
 class _AtMost(Callback):
     """What fsspec tells of a transfer. An endless page must not fill the disk."""
 
@@ -239,9 +243,5 @@ class _AtMost(Callback):
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
-        _check(self.value, self.at_most)
-
-
-def _check(count: int, at_most: int) -> None:
-    if count > at_most:
-        raise TooMuch(f"more than {at_most} bytes came")
+        if self.value > self.at_most:
+            raise TooMuch(f"more than {self.at_most} bytes came")

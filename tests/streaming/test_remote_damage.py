@@ -14,7 +14,7 @@ from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, gets
 from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import PassingError, UserError
-from diffusion_trainer.streaming import files
+from diffusion_trainer.streaming import files, remote
 from diffusion_trainer.streaming.damage import BadChecksum, MissingShard, Truncated
 from diffusion_trainer.streaming.index import OFFSETS, Shard
 from diffusion_trainer.streaming.stores import LocalStore
@@ -250,3 +250,12 @@ def test_damage_is_the_same_from_a_file_and_from_a_store(folder, tmp_path, serve
     assert {BadChecksum.kind, Truncated.kind, MissingShard.kind} <= {found.decode(errors="replace") for found in local}
     for piece_bytes in (None, PIECE):
         assert contents(make(piece_bytes), f"{server.url}/*.tar") == local
+
+
+def test_an_index_without_end_is_not_taken(server, make, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_SMALL", 1 << 20)
+    server.always["/index.json"] = flaky.endless
+    with pytest.raises(UserError, match=r"index.json: more than 1048576 bytes came"):
+        make().find(f"{server.url}/*.tar")
+    assert server.count("/index.json") == 2
+    assert server.sent < 150  # of the 200 that it had for us
