@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 from encoders import Encoder, npy, pixels, place
-from image_folder import BROKEN
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import Damage, MissingField, MissingShard, Undecodable
@@ -199,8 +198,8 @@ class Latents(Recipe):
             try:
                 images.append(row.pixels.result() if row.pixels is not None else None)
                 rows.append(row)
-            except BROKEN as error:
-                skip(f"{self._where(k, row.key)}: {type(error).__name__}: {error}")
+            except Damage as error:
+                skip(f"{self._where(k, row.key)}: {error}")
         latents = self._latents(images) if self.image_encoder is not None else [None] * len(rows)
         encode_texts = self.text_encoder is not None and rows
         texts = self.text_encoder.texts([row.text for row in rows]) if encode_texts else [None] * len(rows)

@@ -12,6 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.decoding import picture_of
+
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # what Pillow refuses, whoever decodes the image
 
 
 class Encoder:
@@ -53,10 +56,9 @@ def _last_line(error: Exception) -> str:
 
 
 def pixels(data: bytes, size: int | None) -> np.ndarray:
-    """(H, W, 3) uint8; with a size, the middle square, scaled to it. Raises what Pillow raises for bad bytes."""
-    with Image.open(io.BytesIO(data)) as image:
-        image = image.convert("RGB")
-        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image)
+    """(H, W, 3) uint8 as training decodes them; with a size, the middle square, scaled to it. Damage for bad bytes."""
+    whole, _ = picture_of(memoryview(data), MAX_PIXELS).pixels(3)
+    return np.asarray(ImageOps.fit(Image.fromarray(whole), (size, size), Image.Resampling.LANCZOS)) if size else whole
 
 
 def npy(array: np.ndarray) -> bytes:

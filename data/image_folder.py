@@ -6,9 +6,10 @@ The class of an image is its sub-folder: my/photos/cat/1.jpg has that of `cat`, 
 The names are sorted and numbered, and stand in <out>/classes.json; one that is there already is obeyed, so that a
 second set (--name heldout) has the same numbers. --no-classes takes the images as they lie, without classes.
 
-JPEG, PNG and WebP files are copied as they are, after a look whether they can be decoded; other formats that Pillow
-reads become PNG. The order is shuffled, because shards of one class each would make poor batches. Members: jpg, png or
-webp, cls, and json (the path). What is broken is left out and listed; with --strict it stops the recipe.
+JPEG, PNG and WebP files are copied as they are, after a look whether they can be decoded; BMP, GIF and TIFF become
+PNG; no other format is read, whatever the file's name. The order is shuffled, because shards of one class each would
+make poor batches. Members: jpg, png or webp, cls, and json (the path). What is broken is left out and listed; with
+--strict it stops the recipe.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import io
 import json
 import math
 import os
-import struct
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,19 +26,21 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.damage import Damage
+from diffusion_trainer.streaming.decoding import FORMATS, opened
 from diffusion_trainer.streaming.order import permutation
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, write_json
 from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
 
 VERSION = 1  # of the shards; raise it when they change
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of files that are taken for images
+OTHERS = ("BMP", "GIF", "TIFF")  # formats that become PNG
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension of a file as it is
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)  # bad bytes to Pillow
 
 
 def member(data: bytes, max_side: int | None, quality: int) -> tuple[str, bytes]:
-    """Extension and bytes of what the shard gets for an image file. Raises one of BROKEN."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Extension and bytes of what the shard gets for an image file. Damage for bad bytes."""
+    with opened(data, (*FORMATS, *OTHERS)) as image:
         extension = KEPT.get(image.format, "png")
         too_large = max_side is not None and max(image.size) > max_side
         if too_large:
@@ -129,8 +131,8 @@ class ImageFolder(Recipe):
             data = (self.root / path).read_bytes()
             try:
                 extension, image = member(data, self.max_side, self.quality)
-            except BROKEN as error:
-                skip(f"{printable(path)}: {type(error).__name__}: {error}")
+            except Damage as error:
+                skip(f"{printable(path)}: {error}")
                 continue
             sample = {"__key__": f"{i:09d}", extension: image, "json": json.dumps({"path": printable(path)}).encode()}
             yield sample if self.classes is None else sample | {"cls": numbers[path.partition("/")[0]]}

@@ -22,9 +22,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from image_folder import BROKEN, member, printable
+from image_folder import member, printable
 
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip
 from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
 
@@ -157,8 +158,8 @@ class ParquetCaptions(Recipe):
         data = value if isinstance(value, bytes) else self._read(value)
         try:
             return member(data, self.max_side, self.quality)
-        except BROKEN as error:
-            raise BadRow(f"{type(error).__name__}: {error}") from error
+        except Damage as error:
+            raise BadRow(str(error)) from error
 
     def _read(self, path: str) -> bytes:
         inside = os.path.normpath(os.path.join(self.root, path))

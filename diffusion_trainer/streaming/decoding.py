@@ -8,6 +8,8 @@ import re
 import struct
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
@@ -25,10 +27,27 @@ _SCAN = re.compile(b"\xff\xda")  # how one begins, and nothing else but in comme
 _SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables and comments, which may come before the frame
 _SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # frames whose scans have bits for each block, so that bytes bound them
 PNG = b"\x89PNG\r\n\x1a\n"
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names of what `picture_of` knows
 
 
 def undecodable(what: str, data: memoryview) -> Undecodable:
     return Undecodable(f"{what}; it has {len(data)} bytes and begins with {bytes(data[:16])!r}")
+
+
+@contextmanager
+def opened(data: bytes | memoryview, formats: Sequence[str]) -> Iterator[Pillow.Image]:
+    """As Pillow opens it, its pixels not loaded yet. Formats that are not named are not looked for: some of Pillow's
+    start other programs. What Pillow finds wrong in the body of the `with`, too, is Damage."""
+    try:
+        with Pillow.open(io.BytesIO(data), formats=formats) as picture:
+            yield picture
+    except Pillow.DecompressionBombError as error:
+        raise TooLarge(str(error)) from error
+    except Pillow.UnidentifiedImageError as error:  # whose message has an address in memory
+        raise undecodable(f"it is no {', '.join(formats)}", memoryview(data)) from error
+    # Pillow says ValueError of chunks that are too short or too long, SyntaxError of chunks in the midst of pixels.
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+        raise undecodable(f"it cannot be decoded as {', '.join(formats)} ({error})", memoryview(data)) from error
 
 
 @dataclass(frozen=True)
@@ -102,20 +121,14 @@ class ByPillow(Picture):
     format: ClassVar[str]  # Pillow's name
 
     def pixels(self, channels, enough=1.0):
-        try:
-            with Pillow.open(io.BytesIO(self.data), formats=(self.format,)) as picture:
-                if picture.size != (self.width, self.height):  # a second header, after the one that was looked at
-                    raise undecodable("it has headers of two sizes", self.data)
-                picture.load()
-                picture.info.pop("transparency", None)  # alpha is dropped anyhow; Pillow would warn of it
-                if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
-                    picture = Pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-                pixels = np.asarray(picture.convert(MODES[channels]))
-        except Pillow.DecompressionBombError as error:
-            raise TooLarge(str(error)) from error
-        # Pillow says ValueError of chunks that are too short or too long, SyntaxError of chunks in the midst of pixels.
-        except (OSError, ValueError, SyntaxError) as error:
-            raise undecodable(f"it cannot be decoded as {self.format} ({error})", self.data) from error
+        with opened(self.data, (self.format,)) as picture:
+            if picture.size != (self.width, self.height):  # a second header, after the one that was looked at
+                raise undecodable("it has headers of two sizes", self.data)
+            picture.load()
+            picture.info.pop("transparency", None)  # alpha is dropped anyhow; Pillow would warn of it
+            if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
+                picture = Pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            pixels = np.asarray(picture.convert(MODES[channels]))
         return pixels.reshape(self.height, self.width, channels), 1
 
 
@@ -173,8 +186,11 @@ def _webp_size(head: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def picture_of(data: memoryview) -> Picture:
-    """Of a JPEG, PNG or WebP: as its first bytes say, whatever its name. Only the header is read."""
+def picture_of(data: memoryview, max_pixels: int | None = None) -> Picture:
+    """Of a JPEG, PNG or WebP: as its first bytes say, whatever its name. Only the header is read.
+
+    TooLarge if that says that there are more pixels than max_pixels.
+    """
     magic = bytes(data[:12])
     if magic[:3] == b"\xff\xd8\xff":
         picture = Jpeg.of(data)
@@ -186,6 +202,8 @@ def picture_of(data: memoryview) -> Picture:
         raise undecodable("it is no JPEG, PNG or WebP", data)
     if not (picture.height and picture.width):
         raise undecodable("the image has no pixels", data)
+    if max_pixels is not None and picture.height * picture.width > max_pixels:
+        raise TooLarge(f"the image says it has {picture.height} x {picture.width} pixels; max_pixels is {max_pixels}")
     return picture
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image as Pillow
 from torch import Tensor
 
-from diffusion_trainer.streaming.damage import TooLarge, WrongShape
+from diffusion_trainer.streaming.damage import WrongShape
 from diffusion_trainer.streaming.decoding import IMAGES, MODES, Picture, picture_of
 from diffusion_trainer.streaming.fields import Field, SampleDraws
 
@@ -125,11 +125,7 @@ class Image(Field):
         return np.dtype(np.uint8)
 
     def decode(self, data, out, draws):
-        picture, target = picture_of(data), out.shape[:2]
-        if picture.height * picture.width > self.max_pixels:
-            raise TooLarge(
-                f"the image says it has {picture.height} x {picture.width} pixels; max_pixels is {self.max_pixels}"
-            )
+        picture, target = picture_of(data, self.max_pixels), out.shape[:2]
         box = self.geometry.box(picture.size, target, draws)
         mirrored = self.flip > 0 and draws.uniform("flip") < self.flip
         if picture.size == target == box[2:] and not mirrored:

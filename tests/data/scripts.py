@@ -14,13 +14,24 @@ DATA = ROOT / "data"
 sys.path.insert(0, str(DATA))  # as Python does for a script there
 
 import encode_latents  # noqa: E402
+import encoders  # noqa: E402
 import image_folder  # noqa: E402
 import parquet_captions  # noqa: E402
 import shapes  # noqa: E402
 
 from diffusion_trainer.streaming.writing import script  # noqa: E402
 
-__all__ = ["call", "encode_latents", "image_folder", "parquet_captions", "picture", "shapes", "start", "tars"]
+__all__ = [
+    "call",
+    "encode_latents",
+    "encoders",
+    "image_folder",
+    "parquet_captions",
+    "picture",
+    "shapes",
+    "start",
+    "tars",
+]
 
 
 def call(module, monkeypatch, *arguments: object) -> int:

@@ -247,8 +247,8 @@ def test_damaged_samples_are_left_out_and_listed(recipe, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "6 items were left out" in said
     for why in (
-        "0002: Unidentified",
-        "0004: OSError",
+        "0002: it is no JPEG",
+        "0004: the PNG is truncated",
         "has no txt",
         "not UTF-8",
         "has no image",

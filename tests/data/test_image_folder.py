@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
-from scripts import call, image_folder, picture, tars
+from PIL import EpsImagePlugin, Image
+from scripts import call, encoders, image_folder, picture, tars
 
+from diffusion_trainer.streaming.damage import Damage, TooLarge
 from diffusion_trainer.streaming.scanning import scan
 
 
@@ -196,3 +197,48 @@ def test_nothing_to_do(tmp_path, monkeypatch, capsys, folder, complaint):
     (tmp_path / "empty").mkdir()
     assert recipe(monkeypatch, tmp_path / folder) == 2
     assert complaint in capsys.readouterr().err
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+READ = {"JPEG", "MPO", "PNG", "APNG", "WEBP", "BMP", "DIB", "GIF", "TIFF"}
+
+
+def test_a_strangers_postscript_is_not_run(monkeypatch):
+    """Pillow starts Ghostscript where it takes an image for EPS, whatever the name of its file."""
+
+    def ran(*arguments, **named):
+        raise AssertionError
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ran)
+    with pytest.raises(AssertionError):  # so it would be seen
+        Image.open(io.BytesIO(EPS)).load()
+    for decode in (lambda: image_folder.member(EPS, None, 95), lambda: encoders.pixels(EPS, None)):
+        with pytest.raises(Damage, match="it is no JPEG, P"):
+            decode()
+
+
+def test_an_encoder_gets_no_bomb(monkeypatch):
+    """Pillow's own limit is not asked of JPEGs, which it does not decode here."""
+    monkeypatch.setattr(encoders, "MAX_PIXELS", 20 * 30)
+    assert encoders.pixels(FILES["cat/1.jpg"], None).shape == (30, 20, 3)
+    monkeypatch.setattr(encoders, "MAX_PIXELS", 20 * 30 - 1)
+    with pytest.raises(TooLarge):
+        encoders.pixels(FILES["cat/1.jpg"], None)
+
+
+def test_the_list_of_formats_is_closed():
+    """Of all that Pillow writes, and would read again."""
+    Image.init()
+    found = set()
+    for kind in sorted(Image.SAVE.keys() & Image.OPEN.keys()):
+        file = io.BytesIO()
+        try:
+            Image.new("RGB", (16, 16)).save(file, kind)
+        except (OSError, ValueError, KeyError, AttributeError):
+            continue  # it has no such pixels, or no library for them
+        try:
+            image_folder.member(file.getvalue(), None, 95)
+        except Damage:
+            continue
+        found.add(kind)
+    assert {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"} <= found <= READ

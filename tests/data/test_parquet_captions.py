@@ -93,8 +93,9 @@ def test_rows_that_cannot_be_used_are_left_out_and_listed(tmp_path, monkeypatch,
     said = capsys.readouterr().err
     assert "6 items were left out" in said
     for place, why in {
-        "row 1 of row group 0": "no image", "row 2 of row group 0": "no image", "row 0 of row group 1": "Unidentified",
-        "row 1 of row group 1": "OSError", "row 2 of row group 1": "no caption", "row 0 of row group 2": "no caption",
+        "row 1 of row group 0": "no image", "row 2 of row group 0": "no image", "row 0 of row group 1": "it is no JPEG",
+        "row 1 of row group 1": "it cannot be decoded", "row 2 of row group 1": "no caption",
+        "row 0 of row group 2": "no caption",
     }.items():  # fmt: skip
         assert f"a.parquet, {place}: {why}" in said
     assert recipe(monkeypatch, tmp_path / "in", "--strict", out="strict") == 2
