@@ -27,12 +27,12 @@ from PIL import Image, ImageOps
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import Damage
-from diffusion_trainer.streaming.decoding import FORMATS, opened
+from diffusion_trainer.streaming.decoding import FORMATS, eight_bits, opened
 from diffusion_trainer.streaming.order import permutation
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, write_json
 from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
 
-VERSION = 1  # of the shards; raise it when they change
+VERSION = 2  # of the shards; raise it when they change
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of files that are taken for images
 OTHERS = ("BMP", "GIF", "TIFF")  # formats that become PNG
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension of a file as it is
@@ -59,7 +59,8 @@ def resized(image: Image.Image, max_side: int) -> Image.Image:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """In a mode that can be filtered: palettes become colours."""
+    """In a mode that can be filtered: palettes become colours, 16 bits 8."""
+    image = eight_bits(image)
     if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
         return image
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

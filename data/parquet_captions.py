@@ -29,7 +29,7 @@ from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip
 from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
 
-VERSION = 1  # of the shards; raise it when they change
+VERSION = 2  # of the shards; raise it when they change
 
 
 def arrow():

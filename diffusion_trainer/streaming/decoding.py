@@ -50,6 +50,18 @@ def opened(data: bytes | memoryview, formats: Sequence[str]) -> Iterator[Pillow.
         raise undecodable(f"it cannot be decoded as {', '.join(formats)} ({error})", memoryview(data)) from error
 
 
+def eight_bits(picture: Pillow.Image) -> Pillow.Image:
+    """The upper 8 of 16 bits, where Pillow's convert would clip at 255. Undecodable if the range is not known."""
+    if picture.mode in ("I", "F"):
+        raise Undecodable(f"its pixels have 32 bits (Pillow's mode {picture.mode}), and it does not say what is white")
+    if not picture.mode.startswith("I;16"):
+        return picture
+    upper = Pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if "exif" in picture.info:  # which way is up
+        upper.info["exif"] = picture.info["exif"]
+    return upper
+
+
 @dataclass(frozen=True)
 class Picture(ABC):
     """An image whose header has been read, and nothing else."""
@@ -126,9 +138,7 @@ class ByPillow(Picture):
                 raise undecodable("it has headers of two sizes", self.data)
             picture.load()
             picture.info.pop("transparency", None)  # alpha is dropped anyhow; Pillow would warn of it
-            if picture.mode.startswith("I;16"):  # which Pillow would clip at 255
-                picture = Pillow.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            pixels = np.asarray(picture.convert(MODES[channels]))
+            pixels = np.asarray(eight_bits(picture).convert(MODES[channels]))
         return pixels.reshape(self.height, self.width, channels), 1
 
 

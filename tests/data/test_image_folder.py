@@ -242,3 +242,38 @@ def test_the_list_of_formats_is_closed():
             continue
         found.add(kind)
     assert {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"} <= found <= READ
+
+
+RAMP = (np.arange(48 * 64).reshape(48, 64) * 21).astype(np.uint16)  # 0 to 64491
+
+
+def deep(pixels: np.ndarray, **save) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, **save)
+    return file.getvalue()
+
+
+def test_of_16_bits_the_upper_ones_are_kept_as_in_training():
+    png = deep(RAMP, format="png")
+    np.testing.assert_array_equal(encoders.pixels(png, None), np.repeat((RAMP >> 8)[..., None], 3, axis=2))
+    for bits in ("<u2", ">u2"):
+        kind, data = image_folder.member(deep(RAMP.astype(bits), format="tiff"), None, 95)
+        assert kind == "png"
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), RAMP >> 8)
+    small = np.asarray(Image.open(io.BytesIO(image_folder.member(png, 32, 95)[1])), float)
+    assert np.abs(small - RAMP.reshape(24, 2, 32, 2).mean((1, 3)) / 256).max() < 2
+    assert image_folder.member(png, 64, 95) == ("png", png)
+
+
+def test_a_16_bit_image_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned = Image.open(io.BytesIO(image_folder.member(deep(RAMP, format="png", exif=exif), 32, 95)[1]))
+    assert turned.size == (24, 32)
+    assert np.asarray(turned)[0].mean() == pytest.approx(np.asarray(turned)[-1].mean(), abs=8)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_no_known_range_are_left_out(kind):
+    with pytest.raises(Damage, match="does not say what is white"):
+        image_folder.member(deep(RAMP.astype(kind), format="tiff"), None, 95)
