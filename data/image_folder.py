@@ -73,18 +73,28 @@ def encoded(image: Image.Image, kind: str, quality: int = 95) -> bytes:
     return file.getvalue()
 
 
+def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """But hidden ones. Links are followed, unless they lead back into a folder that they lie in."""
+    found = folder.stat()
+    here = (found.st_dev, found.st_ino)
+    if here in above:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from files_below(path, above | {here})
+        else:
+            yield path
+
+
 def listing(root: Path) -> tuple[list[str], int]:
     """Paths of the images below a folder, sorted; how many other files there are. Hidden ones do not count."""
-    images, others = [], 0
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        shown = [f for f in files if not f.startswith(".")]
-        found = [f for f in shown if f.lower().endswith(SUFFIXES)]
-        others += len(shown) - len(found)
-        images += [os.path.relpath(os.path.join(folder, f), root) for f in found]
+    files = [os.path.relpath(path, root) for path in files_below(root)]
+    images = sorted(path for path in files if path.lower().endswith(SUFFIXES))
     if not images:
         raise UserError(f"{root}: no file below it is an image ({', '.join(SUFFIXES)}); is it the right folder?")
-    return sorted(images), others
+    return images, len(files) - len(images)
 
 
 def classes_of(paths: Sequence[str], known: Path) -> list[str]:

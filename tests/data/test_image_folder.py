@@ -277,3 +277,18 @@ def test_a_16_bit_image_is_turned_upright():
 def test_pixels_of_no_known_range_are_left_out(kind):
     with pytest.raises(Damage, match="does not say what is white"):
         image_folder.member(deep(RAMP.astype(kind), format="tiff"), None, 95)
+
+
+def test_links_back_to_a_folder_that_they_lie_in_end(tmp_path):
+    photos = fill(
+        tmp_path / "photos", {"cat/1.jpg": b"", "cat/old/2.jpg": b"", "cat/.old/3.jpg": b"", "dog/a.txt": b""}
+    )
+    other = fill(tmp_path / "other", {"4.jpg": b""})
+    (photos / "cat" / "latest").symlink_to(".")
+    (photos / "cat" / "old" / "up").symlink_to("..")
+    (photos / "dog" / "elsewhere").symlink_to(other)
+    (other / "back").symlink_to(photos)  # by way of a folder that is not below
+    (photos / "kitten").symlink_to("cat")  # as another class
+    below = ["cat/1.jpg", "cat/old/2.jpg"]
+    expected = [*below, "dog/elsewhere/4.jpg", "kitten/1.jpg", "kitten/old/2.jpg"]
+    assert image_folder.listing(photos) == (expected, 1)
