@@ -20,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from encoders import Encoder, npy, pixels, place
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import Damage, MissingField, MissingShard, Undecodable
 from diffusion_trainer.streaming.index import Shard
-from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, write_json
+from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, write_json
 from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.stores import LocalStore
 from diffusion_trainer.streaming.writer import beside, staging
@@ -79,12 +78,11 @@ class Latents(Recipe):
 
     @property
     def settings(self) -> dict:
-        known = repr([(os.path.basename(s.url), s.samples, s.crc32) for s in self.shards])
         return {
             "recipe": "encode_latents",
             "version": VERSION,
             "shards": len(self.shards),
-            "input": blake2b(known.encode(errors="surrogateescape"), digest_size=16).hexdigest(),
+            "input": fingerprint((os.path.basename(s.url), s.samples, s.crc32) for s in self.shards),
             "image_encoder": self.image_encoder.sha256 if self.image_encoder else None,
             "text_encoder": self.text_encoder.sha256 if self.text_encoder else None,
             "size": self.size,

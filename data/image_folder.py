@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -29,7 +29,7 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.decoding import FORMATS, eight_bits, opened
 from diffusion_trainer.streaming.order import permutation
-from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, write_json
+from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, stamp, write_json
 from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
 
 VERSION = 2  # of the shards; raise it when they change
@@ -113,18 +113,19 @@ def classes_of(paths: Sequence[str], known: Path) -> list[str]:
 class ImageFolder(Recipe):
     root: Path
     paths: tuple[str, ...]  # in the order of the shards
+    stamps: tuple[tuple[int, int], ...]  # of these files
     classes: tuple[str, ...] | None
     samples_per_shard: int
     max_side: int | None
     quality: int
 
-    @property
+    @cached_property
     def settings(self) -> dict:
         return {
             "recipe": "image_folder",
             "version": VERSION,
             "images": len(self.paths),
-            "paths": blake2b("\n".join(self.paths).encode(errors="surrogateescape"), digest_size=16).hexdigest(),
+            "names, sizes and times of files": fingerprint(zip(self.paths, self.stamps, strict=True)),
             "classes": self.classes,
             "samples_per_shard": self.samples_per_shard,
             "max_side": self.max_side,
@@ -171,7 +172,8 @@ def main() -> None:
     classes = tuple(classes_of(paths, names)) if a.classes else None
     print(f"{len(paths):,} images" + (f", {others:,} other files" if others else ""))
     shuffled = tuple(paths[i] for i in permutation(len(paths), "image_folder", a.seed))
-    recipe = ImageFolder(a.folder, shuffled, classes, a.samples_per_shard, a.max_side, a.quality)
+    stamps = tuple(stamp(a.folder / path) for path in shuffled)
+    recipe = ImageFolder(a.folder, shuffled, stamps, classes, a.samples_per_shard, a.max_side, a.quality)
     report = write(Job(recipe, a.out, a.name, a.strict), a.processes)
     if classes is not None and report is not None:
         write_json(names, classes)

@@ -17,7 +17,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from image_folder import member, printable
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import Damage
-from diffusion_trainer.streaming.recipes import Job, Recipe, Skip
+from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, stamp
 from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
 
 VERSION = 2  # of the shards; raise it when they change
@@ -47,6 +46,7 @@ class Group(NamedTuple):
     file: str
     number: int  # in the file
     rows: int
+    stamp: tuple[int, int]  # of the file
 
 
 class BadRow(Exception):
@@ -68,6 +68,7 @@ def groups(paths: Sequence[str], columns: Sequence[str]) -> list[Group]:
     found = []
     for path in paths:
         try:
+            seen = stamp(Path(path))  # before the reading: what is changed meanwhile is another file next time
             file = arrow().ParquetFile(path)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
             raise UserError(f"{path} cannot be read as parquet: {error}") from error
@@ -76,7 +77,7 @@ def groups(paths: Sequence[str], columns: Sequence[str]) -> list[Group]:
             missing = [column for column in columns if column not in names]
             if missing:
                 raise UserError(f"{path} has no column {missing[0]}; it has {', '.join(names)}")
-            found += [Group(path, g, file.metadata.row_group(g).num_rows) for g in range(file.num_row_groups)]
+            found += [Group(path, g, file.metadata.row_group(g).num_rows, seen) for g in range(file.num_row_groups)]
     return [group for group in found if group.rows]
 
 
@@ -102,12 +103,13 @@ class ParquetCaptions(Recipe):
 
     @property
     def settings(self) -> dict:
-        listing = repr([(Path(g.file).name, g.number, g.rows) for g in self.groups])
         return {
             "recipe": "parquet_captions",
             "version": VERSION,
             "rows": self._ends[-1],
-            "files": blake2b(listing.encode(errors="surrogateescape"), digest_size=16).hexdigest(),
+            "names, sizes and times of files": fingerprint(
+                (Path(g.file).name, g.number, g.rows, g.stamp) for g in self.groups
+            ),
             "image": self.image,
             "caption": self.caption,
             "keep": self.keep,

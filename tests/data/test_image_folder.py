@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -292,3 +293,22 @@ def test_links_back_to_a_folder_that_they_lie_in_end(tmp_path):
     below = ["cat/1.jpg", "cat/old/2.jpg"]
     expected = [*below, "dog/elsewhere/4.jpg", "kitten/1.jpg", "kitten/old/2.jpg"]
     assert image_folder.listing(photos) == (expected, 1)
+
+
+@pytest.mark.parametrize("same", ["size", "time"])
+def test_a_mended_picture_makes_another_set(photos, monkeypatch, capsys, same):
+    whole = FILES["cat/1.jpg"]
+    broken = photos / "cat" / "1.jpg"
+    broken.write_bytes(bytes(len(whole)) if same == "size" else whole[:100])
+    before = broken.stat()
+    assert recipe(monkeypatch, photos) == 0
+    shards = tars(photos.parent / "out")
+    assert recipe(monkeypatch, photos) == 0
+    assert "has all of train already" in capsys.readouterr().out
+    broken.write_bytes(whole)
+    os.utime(broken, ns=(before.st_atime_ns, before.st_mtime_ns + (same == "size")))
+    assert recipe(monkeypatch, photos) == 2
+    assert "other settings (names, sizes and times of files was " in capsys.readouterr().err
+    assert tars(photos.parent / "out") == shards
+    assert recipe(monkeypatch, photos, "--name", "mended") == 0
+    assert read(photos.parent / "out", "mended")["cat/1.jpg"]["jpg"] == whole

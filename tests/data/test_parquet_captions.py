@@ -1,6 +1,7 @@
 """Rows of parquet files go into shards in their order, but for those that cannot be used."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -152,3 +153,11 @@ def test_without_pyarrow(rows, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert recipe(monkeypatch, rows) == 2
     assert "pip install 'diffusion-trainer[data]'" in capsys.readouterr().err
+
+
+def test_a_file_that_was_written_anew_makes_another_set(rows, monkeypatch, capsys):
+    assert recipe(monkeypatch, rows) == 0
+    found = (rows / "c.parquet").stat()
+    os.utime(rows / "c.parquet", ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+    assert recipe(monkeypatch, rows) == 2
+    assert "other settings (names, sizes and times of files was " in capsys.readouterr().err
