@@ -11,7 +11,6 @@ damaged are left out and listed; with --strict they stop the recipe.
 <out>/<name>.json says what was done; to have the encoder's latents again: z = latent * std + mean, channel by channel.
 """
 
-import json
 import os
 import sys
 from collections import defaultdict, deque
@@ -30,7 +29,7 @@ from encoders import Encoder, npy, pixels, place
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import Damage, MissingField, MissingShard, Undecodable
 from diffusion_trainer.streaming.index import Shard
-from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, write_json
+from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, read_json, write_json
 from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.stores import LocalStore
 from diffusion_trainer.streaming.writer import beside, staging
@@ -115,7 +114,7 @@ class Latents(Recipe):
             with suppress(FileExistsError):  # another rank was first
                 os.link(part, self.measured)
             part.unlink()
-        return json.loads(self.measured.read_text())
+        return read_json(self.measured, dict, f"remove {self.measured.parent} to begin anew")
 
     def _measure(self) -> dict[str, list[float]]:
         """From the first samples of shards that lie evenly in the set."""

@@ -29,7 +29,7 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.decoding import FORMATS, eight_bits, opened
 from diffusion_trainer.streaming.order import permutation
-from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, stamp, write_json
+from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, read_json, stamp, write_json
 from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
 
 VERSION = 2  # of the shards; raise it when they change
@@ -103,7 +103,10 @@ def classes_of(paths: Sequence[str], known: Path) -> list[str]:
     loose = [path for path in paths if "/" not in path]
     if loose:
         raise UserError(f"{loose[0]} lies in no sub-folder, so it has no class; take all without: --no-classes")
-    names = json.loads(known.read_text()) if known.exists() else sorted(found)
+    anew = "remove it, and the sets beside it, to number the classes anew"
+    names = read_json(known, list, anew) if known.exists() else sorted(found)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{known} does not have the names of classes; {anew}")
     if found - set(names):
         raise UserError(f"{known} does not have {min(found - set(names))}; use another --out, or remove that file")
     return names

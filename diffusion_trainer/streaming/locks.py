@@ -48,8 +48,11 @@ def _lock(descriptor: int, wait: bool) -> bool:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Whole, or not at all. The kernel frees the lock on what is being written when its writer is killed, on whatever
-    machine: so it can be told from what a living one writes."""
+    """Whole and on the disk, or not at all.
+
+    The kernel frees the lock on what is being written when its writer is killed, on whatever machine: so it can be told
+    from what a living one writes.
+    """
     while True:
         part = path.with_name(f".{path.name}.{uuid4().hex}.part")
         with part.open("xb") as file:
@@ -57,6 +60,7 @@ def replace_file(path: Path, data: bytes) -> None:
             if os.fstat(file.fileno()).st_nlink:  # else it was taken for a dead one's before it was locked
                 file.write(data)
                 file.flush()
+                os.fsync(file.fileno())  # else a node that loses power may keep the name without the data
                 os.replace(part, path)
                 return
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.index import Shard, entry_of, shard_of
-from diffusion_trainer.streaming.writer import beside, is_shard_of, publish, shard_name, staging, write_shard
+from diffusion_trainer.streaming.locks import replace_file
+from diffusion_trainer.streaming.writer import is_shard_of, publish, shard_name, staging, write_shard
 
 SETTINGS = "settings.json"
 
@@ -58,9 +59,13 @@ class Written:
         write_json(path, entry_of(self.shard) | {"skipped": self.skipped})
 
     @classmethod
-    def load(cls, path: Path) -> "Written":
-        entry = json.loads(path.read_text())
-        return cls(shard_of(entry), entry["skipped"])
+    def load(cls, path: Path) -> "Written | None":
+        """None if there is no such note, or none that can be read: then the shard has yet to be written."""
+        try:
+            entry = json.loads(path.read_bytes())
+            return cls(shard_of(entry), entry["skipped"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Job:
         path, settings = self.part / SETTINGS, self._settings()
         if not path.exists():
             write_json(path, settings)
-        before = json.loads(path.read_text())
+        before = read_json(path, dict, f"remove {self.part} to write the set anew")
         if before != settings:
             raise UserError(
                 f"{self.part} holds an unfinished set with other settings ({_differences(before, settings)}); finish "
@@ -139,7 +144,7 @@ class Job:
     def _finished(self) -> bool:
         if not self.record.exists():
             return False
-        before, settings = json.loads(self.record.read_text())["settings"], self._settings()
+        before, settings = self._recorded()["settings"], self._settings()
         if before != settings:
             raise UserError(
                 f"{self.folder} has a set {self.name} with other settings ({_differences(before, settings)}); remove "
@@ -150,6 +155,14 @@ class Job:
             gone = self.folder / min(missing)
             raise UserError(f"{gone} is gone; remove {self.record} and the other shards to write the set anew")
         return True
+
+    def _recorded(self) -> dict:
+        """What <name>.json says."""
+        anew = "remove it and the shards of that name to write the set anew"
+        record = read_json(self.record, dict, anew)
+        if not isinstance(record.get("settings"), dict):
+            raise UserError(f"{self.record} does not say how a set was made; {anew}")
+        return record
 
     def _settings(self) -> dict:
         return json.loads(json.dumps(dict(self.recipe.settings)))
@@ -162,14 +175,12 @@ class Job:
             publish([w.shard for w in written], self.part, self.folder, self.name)
             write_json(self.record, report)
             shutil.rmtree(self.part, ignore_errors=True)
-        return json.loads(self.record.read_text()) if self.record.exists() else None
+        return self._recorded() if self.record.exists() else None
 
     def _written(self) -> list[Written] | None:
         """All shards; None if one is missing, or if another rank has published them."""
-        try:
-            return [Written.load(self.note(k)) for k in range(self.recipe.num_shards)]
-        except FileNotFoundError:
-            return None
+        written = [Written.load(self.note(k)) for k in range(self.recipe.num_shards)]
+        return None if None in written else written
 
     def _report(self, written: Sequence[Written]) -> dict:
         skipped = [message for w in written for message in w.skipped]
@@ -199,6 +210,15 @@ def fingerprint(listing: Iterable[tuple]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    part = beside(path)
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path, kind: type, mend: str) -> Any:
+    """UserError, with what would mend it, if it is no JSON of that kind."""
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, kind):
+            raise ValueError(f"it has a {type(value).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not what was written there ({error}); {mend}") from error
+    return value

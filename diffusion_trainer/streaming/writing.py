@@ -30,7 +30,7 @@ def write(job: Job, processes: int, rank: int = 0, world: int = 1) -> dict | Non
         print(f"{job.folder} has all of {job.name} already")
         return job.end()
     mine = range(rank, job.recipe.num_shards, world)
-    todo = [k for k in mine if not job.note(k).exists()]
+    todo = [k for k in mine if Written.load(job.note(k)) is None]
     progress = Progress(len(mine), len(mine) - len(todo))
     try:
         for written in _written(job, todo, min(processes, len(todo))):

@@ -312,3 +312,14 @@ def test_a_mended_picture_makes_another_set(photos, monkeypatch, capsys, same):
     assert tars(photos.parent / "out") == shards
     assert recipe(monkeypatch, photos, "--name", "mended") == 0
     assert read(photos.parent / "out", "mended")["cat/1.jpg"]["jpg"] == whole
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"{}", b"[1, 2]", b'[["cat"]]'])
+def test_classes_that_cannot_be_read(photos, monkeypatch, capsys, data):
+    names = photos.parent / "out" / "classes.json"
+    fill(names.parent, {names.name: data})
+    assert recipe(monkeypatch, photos) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{names} " in said
+    assert "remove it, and the sets beside it" in said

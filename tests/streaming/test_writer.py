@@ -312,12 +312,10 @@ def test_names_that_cannot_be(tmp_path, name):
 
 
 def test_a_full_disk_is_told_and_what_is_done_stands(tmp_path, monkeypatch):
-    calls = []
     real = os.fsync
 
     def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 3:
+        if len(list(tmp_path.glob(".x.part/*.tar.json"))) == 2:
             raise OSError(28, "No space left on device")
         real(descriptor)
 
@@ -327,3 +325,48 @@ def test_a_full_disk_is_told_and_what_is_done_stands(tmp_path, monkeypatch):
     notes = [json.loads(p.read_text()) for p in sorted(tmp_path.glob(".x.part/*.tar.json"))]
     assert [n["nsamples"] for n in notes] == [4, 4]
     assert np.all([(tmp_path / ".x.part" / n["url"]).stat().st_size == n["filesize"] for n in notes])
+
+
+def test_nothing_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Else a node that loses power may keep the name of a file without its data."""
+    on_disk, named = {}, set()
+    sync, rename = os.fsync, os.replace
+
+    def synced(descriptor):
+        sync(descriptor)
+        found = os.fstat(descriptor)
+        on_disk[found.st_ino] = found.st_size
+
+    def renamed(source, target):
+        found = os.stat(source)
+        assert on_disk.get(found.st_ino) == found.st_size, target
+        named.add(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write(Job(Numbers(), tmp_path, "x"), 1)
+    tar = "x-000000.tar"
+    assert {tar, f"{tar}.idx", f"{tar}.crc", f"{tar}.json", "settings.json", "x.json", "index.json"} <= named
+
+
+@pytest.mark.parametrize("note", [b"", b"\0" * 40, b"{", b"[1, 2]", b"{}", b"\xff"])
+def test_a_shard_whose_note_cannot_be_read_is_written_again(whole, tmp_path, note):
+    job = Job(Numbers(bad=7), tmp_path, "x")
+    assert write(job, 1, rank=0, world=2) is None
+    job.note(4).write_bytes(note)
+    assert write(job, 1, rank=1, world=2) is None  # it is the other rank's
+    assert not shown(tmp_path)
+    write(job, 1, rank=0, world=2)
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("data", [b"", b"[1, 2", b"[1, 2]", b"{}", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("file", ["x.json", ".x.part/settings.json"])
+def test_a_record_that_cannot_be_read_is_named_and_what_to_do(tmp_path, file, data):
+    write(Job(Numbers(), tmp_path, "x"), 1, rank=0, world=1 if file == "x.json" else 2)
+    (tmp_path / file).write_bytes(data)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"{file}.*; remove|unfinished set with other settings .*, remove it, or"):
+        write(Job(Numbers(), tmp_path, "x"), 1)
+    assert contents(tmp_path) == before
