@@ -21,6 +21,7 @@ from diffusion_trainer.apps.parts import check_precision, check_variance
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.real import images_of
 from diffusion_trainer.evaluation.writing import whole
+from diffusion_trainer.sampling.likelihood import Likelihood
 from diffusion_trainer.sampling.noise import SampleNoise
 from diffusion_trainer.training.checkpoints import Checkpoint
 
@@ -60,17 +61,30 @@ def main(overrides: Sequence[str]) -> int:
     with measuring(config) as m:
         count = min(config["n"] or m.data.count, m.data.count)
         try:
-            shares = m.agreement.gather(list(terms(config, m, count)))
+            likelihood = fitted(config, m, count)
+            shares = m.agreement.gather(list(terms(config, likelihood, m, count)))
         except ValueError as error:
             raise UserError(f"likelihood: {error}") from error
         if m.agreement.rank == 0:
-            report(config, m.checkpoint, join([batch for share in shares for batch in share]), count)
+            found = join([batch for share in shares for batch in share])
+            report(config, likelihood.learned, m.checkpoint, found, count)
     return 0
 
 
-def terms(config: Mapping[str, Any], m: Measuring, count: int) -> Iterator[dict[str, Tensor]]:
+def fitted(config: Mapping[str, Any], m: Measuring, count: int) -> Likelihood:
+    """The likelihood, fitted to the model on the first images if it has to be."""
+    likelihood = build(config["likelihood"], "likelihood", config["allowed_targets"])
+    numbers = range(min(likelihood.num_images, count))
+    if not numbers:
+        return likelihood
+    images, condition = images_of(m.data, numbers, m.conditioning, m.device)
+    mine = likelihood.fitted(m.denoiser, m.schedule, images, condition, config["seed"])
+    return m.agreement.gather(mine)[0]  # every rank has fitted the same, but for its device's rounding
+
+
+def terms(config: Mapping[str, Any], likelihood: Likelihood, m: Measuring, count: int) -> Iterator[dict[str, Tensor]]:
     """Of this rank's images, batch by batch; image i has the randomness of (seed, i)."""
-    likelihood, variance = (build(config[g], g, config["allowed_targets"]) for g in ("likelihood", "variance"))
+    variance = build(config["variance"], "variance", config["allowed_targets"])
     mine = range(m.agreement.rank, count, m.agreement.world)
     for first in range(0, len(mine), config["batch_size"]):
         numbers = list(mine[first : first + config["batch_size"]])
@@ -84,7 +98,13 @@ def join(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def report(config: Mapping[str, Any], checkpoint: Checkpoint, found: Mapping[str, Tensor], count: int) -> None:
+def report(
+    config: Mapping[str, Any],
+    learned: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    found: Mapping[str, Tensor],
+    count: int,
+) -> None:
     """Prints and writes the means of all terms with their standard errors (none of a single image)."""
     summary = {
         name: {"mean": value.mean().item(), "standard_error": value.std().item() / count**0.5 if count > 1 else None}
@@ -93,10 +113,9 @@ def report(config: Mapping[str, Any], checkpoint: Checkpoint, found: Mapping[str
     kind = config["likelihood"]["_target_"].rsplit(".", 1)[-1].lower()
     out = Path(config["out"] or run_of(checkpoint.folder) / "likelihoods" / f"{checkpoint.folder.name}-{kind}.json")
     provenance = finished.provenance_of(config, checkpoint, config["seed"], ("variance", "likelihood", "data"))
+    provenance |= {"num_images": count} | ({"fitted": learned} if learned else {})
     metrics = {name: value["mean"] for name, value in summary.items()}
-    text = json.dumps(
-        {"metrics": metrics, "terms": summary, "provenance": provenance | {"num_images": count}}, indent=2
-    )
+    text = json.dumps({"metrics": metrics, "terms": summary, "provenance": provenance}, indent=2)
     with written(out), whole(out) as part:
         part.write_text(text + "\n")
     total = summary.pop("bits_per_dim")

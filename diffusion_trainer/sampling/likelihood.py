@@ -1,8 +1,10 @@
 """How likely images are under the model, in bits per dimension; the likelihood of the probability-flow ODE."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import log, pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from diffusion_trainer.process.levels import levels
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import PosteriorVariance
 from diffusion_trainer.sampling.adaptive import Flow, check_reachable, check_tolerances, integrated
-from diffusion_trainer.sampling.dequantization import Dequantization
+from diffusion_trainer.sampling.dequantization import CleanEnd, Dequantization
 from diffusion_trainer.sampling.runge_kutta import Point, in_flow
 from diffusion_trainer.sampling.solvers import Noise
 
@@ -21,6 +23,22 @@ from diffusion_trainer.sampling.solvers import Noise
 class Likelihood(ABC):
     def check(self, precision: torch.dtype) -> None:  # noqa: B027 (the bound can)
         """UserError if the method cannot work with estimates that are rounded to that."""
+
+    @property
+    def num_images(self) -> int:
+        """On how many images it must be fitted to the model before it is asked, at most; 0: it learns nothing."""
+        return 0
+
+    def fitted(
+        self, denoiser: Denoiser, schedule: Schedule, pixels: Tensor, condition: Tensor | None, seed: int
+    ) -> "Likelihood":
+        """What is asked, a function of the arguments alone. pixels: (N, C, H, W) uint8, N up to num_images."""
+        return self
+
+    @property
+    def learned(self) -> Mapping[str, Any]:
+        """What was fitted, for a report: numbers and lists of them."""
+        return {}
 
     @abstractmethod
     def __call__(
@@ -92,9 +110,21 @@ class FlowLikelihood(Likelihood):
     def check(self, precision):
         check_reachable(self.rtol, self.atol, precision)
 
+    @property
+    def num_images(self):
+        return self.dequantization.num_images
+
+    def fitted(self, denoiser, schedule, pixels, condition, seed):
+        clean = CleanEnd(schedule.level_at(schedule.t_range[0]), denoiser, condition)
+        return replace(self, dequantization=self.dequantization.fitted(clean, pixels, seed))
+
+    @property
+    def learned(self):
+        return self.dequantization.learned
+
     def __call__(self, denoiser, schedule, variance, pixels, condition, noise):
         """Terms: "prior", "flow" and "dequantization" (log q). `variance` is unused: a flow has no reverse variance."""
-        clean = levels(schedule, schedule.t_range[:1])[0]
+        clean = CleanEnd(schedule.level_at(schedule.t_range[0]), denoiser, condition)
         x_0, log_q = self.dequantization(pixels, clean, noise())
         nats = self.terms(denoiser, schedule, x_0, condition, noise)
         return in_bits_per_dim({**nats, "dequantization": log_q}, x_0[0].numel(), pair_of(self, schedule))

@@ -107,7 +107,7 @@ def test_tolerances_that_a_precision_cannot_meet_are_refused_before_it_trains_or
     common = ["checkpoint=runs/made", f"precision={precision}"]
     assert f"sampler.solver{why}" in refused("sample", *common, "sampler=dopri5")
     assert f"sampler.solver{why}" in refused("sample", *common, "sampler=dopri5", "mode=invert")
-    for likelihood in ("flow", "flow_uniform"):
+    for likelihood in ("flow", "flow_uniform", "flow_variational"):
         assert f"likelihood{why}" in refused("likelihood", *common, f"likelihood={likelihood}")
     assert f"sampler.solver{why}" in refused("evaluate", *common, "sampler=dopri5")
 

@@ -77,9 +77,12 @@ def test_statistics_of_other_weights_are_refused_by_name(measured):
         console.run(["sample", "checkpoint=runs/digits", "sampler=ancestral", "variance=analytic", "weights=raw"])
 
 
-@pytest.mark.parametrize("options", [["likelihood=bound", "likelihood.num_steps=5"], ["likelihood=flow"]])
+FITTED = ["likelihood=flow_variational", "likelihood.dequantization.num_steps=20"]
+
+
+@pytest.mark.parametrize("options", [["likelihood=bound", "likelihood.num_steps=5"], ["likelihood=flow"], FITTED])
 def test_likelihood_is_the_sum_of_its_terms_and_does_not_depend_on_batches(trained, tmp_path, options):
-    if options[0] == "likelihood=flow":
+    if "flow" in options[0]:
         options = [*options, "likelihood.rtol=1e-3", "likelihood.atol=1e-3"]
     reports = []
     for size in (4, 3):
@@ -94,6 +97,27 @@ def test_likelihood_is_the_sum_of_its_terms_and_does_not_depend_on_batches(train
     assert first == pytest.approx(second, rel=1e-4 if "bound" in options[0] else 1e-2)
     assert reports[0]["provenance"]["num_images"] == 4
     assert reports[0]["terms"]["bits_per_dim"]["standard_error"] > 0
+    fits = [report["provenance"].get("fitted") for report in reports]
+    assert fits[0] == fits[1]
+    assert (fits[0] is not None) == (options[0] == FITTED[0])
+
+
+def test_a_likelihood_is_fitted_and_measured_alike_on_two_processes(trained, tmp_path):
+    arguments = ["likelihood", "checkpoint=runs/digits", "n=4", *FITTED, "likelihood.rtol=1e-3", "likelihood.atol=1e-3"]
+    assert console.run([*arguments, f"out='{tmp_path}/one.json'"]) == 0
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "diffusion_trainer",
+         *arguments, f"out='{tmp_path}/two.json'"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-2)
+    for name in ("offset", "gain", "scale"):
+        for ours, theirs in zip(*(report["provenance"]["fitted"][name] for report in (one, two)), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
+    assert one["provenance"]["fitted"]["num_images"] == two["provenance"]["fitted"]["num_images"] == 4
 
 
 def test_modes_write_pictures_and_say_what_they_found(trained, tmp_path, capsys):

@@ -5,23 +5,29 @@ from math import log, pi
 import pytest
 import torch
 from cases import each
+from exact import Says
 from torch.func import grad
 from torch.special import ndtr, ndtri
 
 from diffusion_trainer.process.levels import Level
 from diffusion_trainer.sampling.dequantization import (
     HALF_BIN,
+    CleanEnd,
     TruncatedNormalDequantization,
     UniformDequantization,
     centres,
 )
+from diffusion_trainer.sampling.variational_dequantization import FittedDequantization
 
-CLEAN = Level(0.001, 0.9, 0.0045)  # sigma / alpha = 0.005, a little more than half a bin
+CLEAN = CleanEnd(
+    Level(0.001, 0.9, 0.0045), Says(lambda x_t: 0 * x_t)
+)  # sigma / alpha = 0.005, a little more than half a bin
 OPTIONS = {
     "uniform": UniformDequantization(),
     "of the level": TruncatedNormalDequantization(),
     "narrow": TruncatedNormalDequantization(0.0005),
     "wide": TruncatedNormalDequantization(10.0),
+    "fitted": FittedDequantization(*torch.tensor([[[0.1]], [[0.0005]], [[-0.5]]]).double().expand(3, 3, 3), {}),
 }
 every_option = each("dequantization", OPTIONS)
 N = 4001

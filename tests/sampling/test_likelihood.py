@@ -142,10 +142,17 @@ def in_few_steps(likelihood):
     return replace(likelihood, num_steps=50) if isinstance(likelihood, VariationalBound) else likelihood
 
 
-OPTIONS = {name: in_few_steps(likelihood) for name, likelihood in built("likelihood").items()}
+def fitted(likelihood, schedule, data):
+    """As it is asked: to the model of the data, if it has to be."""
+    pixels = ((samples(data, max(likelihood.num_images, 1)) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return likelihood.fitted(ExactDenoiser(data), schedule, pixels, None, 0)
 
 
-@each("likelihood", built("likelihood"))
+FITTED = {name: fitted(likelihood, Cosine(), GAUSSIAN) for name, likelihood in built("likelihood").items()}
+OPTIONS = {name: in_few_steps(likelihood) for name, likelihood in FITTED.items()}
+
+
+@each("likelihood", FITTED)
 def test_every_option_gives_terms_that_sum(likelihood):
     pixels = torch.randint(0, 256, (5, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     bits = likelihood(ExactDenoiser(GAUSSIAN), Cosine(), FixedSmall(), pixels, None, Noise(5))
