@@ -153,7 +153,7 @@ def measure(config: Mapping[str, Any], world: processes.World, steps: int, warmu
     data = build(config["data"], "data", allowed)
     loader = TimedLoader(data.loader(layout, progress.seed, progress.lanes, 0, warmup + steps))
     with tempfile.TemporaryDirectory() as folder:
-        module = rank.module_of(config, Path(folder), progress, settings.device())
+        module = rank.module_of(config, progress, settings.device())
         watch = Stopwatch(loader, module.model.dtype)
         trainer = settings.build(
             strategy, world.nodes, world.local_size, world.environment(), warmup + steps, [watch], [], Path(folder)

@@ -118,7 +118,7 @@ def measure(config: Mapping[str, Any], row: Row, world: processes.World) -> dict
         Layout(progress.batch_size, world.size, world.rank, 1), progress.seed, progress.lanes, 0, steps
     )
     with tempfile.TemporaryDirectory() as folder:
-        module, probe = rank.module_of(config, Path(folder), progress, "cpu"), Probe(strategy)
+        module, probe = rank.module_of(config, progress, "cpu"), Probe(strategy)
         trainer = settings.build(
             strategy, world.nodes, world.local_size, world.environment(), steps, [probe], [], Path(folder)
         )
