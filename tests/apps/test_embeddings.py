@@ -52,6 +52,7 @@ def train(config, run):
 # ---- the whole way ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_and_draws_by_embeddings(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = config_of(

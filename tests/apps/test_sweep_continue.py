@@ -31,6 +31,7 @@ def rows() -> list[str]:
     return table(Record.read(Path("home"))).splitlines()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_and_ends_with_the_table_of_one_that_was_not():
     points = [point(do) for do in ("a", "fail3", "once", "b")]
     assert sweeping.killed(*points) == -signal.SIGKILL

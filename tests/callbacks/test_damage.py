@@ -127,6 +127,7 @@ def run(tmp_path):
     return go
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_too_much_damage_stops_a_run_at_the_next_mark_and_mended_it_goes_on(tmp_path, run):
     """Not at its end: the mark is at 10,000 of 11,000 images. One in a hundred is broken, one in a thousand allowed."""

@@ -92,6 +92,7 @@ def left(folder: Path) -> dict:
     return {"rows": rows, "history": history, "pictures": sorted(p.name for p in (folder / "samples").iterdir())}
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_fills_up_trains_on_alerts_and_saves_again_once_there_is_room(
     train, alerts, tmp_path, monkeypatch
 ):

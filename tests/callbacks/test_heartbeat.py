@@ -13,6 +13,8 @@ from diffusion_trainer.callbacks.heartbeat import Heartbeat
 from diffusion_trainer.callbacks.last_words import RankFiles, State, state_of
 from diffusion_trainer.callbacks.watchdog import HUNG, Watchdog
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import ctypes, multiprocessing, os, signal, sys, time
 from pathlib import Path

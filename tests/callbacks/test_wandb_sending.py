@@ -15,6 +15,8 @@ from diffusion_trainer.conventions import PassingError
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.evaluation.pictures import METRIC
 
+pytestmark = pytest.mark.slow
+
 CHOICE = Wandb("project", finish_timeout_seconds=10)
 RUN = ("name", "id", {})
 

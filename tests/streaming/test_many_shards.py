@@ -170,6 +170,7 @@ print((peak() - before) / 1024, min(took + [start(), start()]))
 """
 
 
+@pytest.mark.slow
 def test_the_first_batch_at_sample_a_billion_of_a_hundred_thousand_shards(tmp_path):
     """In a process of its own: index, fingerprint, order, files. Seconds of the processor, of the best of three."""
     first, count = tmp_path / "x-000000.tar", 100_000

@@ -25,6 +25,8 @@ from diffusion_trainer.streaming.remote import Remote
 from diffusion_trainer.streaming.retries import Retries, Sick
 from diffusion_trainer.streaming.sites import RemoteSite
 
+pytestmark = pytest.mark.slow
+
 COUNTS = [9, 1, 30, 0, 12, 17]
 MODES = pytest.mark.parametrize("piece_bytes", [None, 4096], ids=["whole", "pieces"])
 S3 = [kind for kind in CLOUDS if kind.scheme == "s3"]

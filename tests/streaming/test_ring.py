@@ -198,6 +198,7 @@ def children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_is_an_error_and_no_hang_and_leaves_nobody_behind(folder, workers):
     before = children()

@@ -119,6 +119,7 @@ def staged(folder: Path, count: int) -> tuple[list[Shard], Path]:
     return [write_shard(part / writer.shard_name("x", k), samples(4, first=4 * k)) for k in range(count)], part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [0, 2, 5])
 def test_publishing_may_be_cut_off_anywhere(tmp_path, monkeypatch, old):
     """At every change of the disk in turn: what is listed then is true, and once more makes it whole."""
