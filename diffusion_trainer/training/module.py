@@ -57,6 +57,7 @@ class DiffusionModule(LightningModule):
         self.last_terms: LossTerms | None = None  # of the last micro-batch, for callbacks
         self.nonfinite: NonFinite | None = None
         self.loss_scale = LossScale() if model.dtype == torch.float16 else None
+        self.train()  # Lightning leaves modules in the mode that it finds them in
 
     def train(self, mode: bool = True) -> "DiffusionModule":
         """Modules whose parameters are all frozen stay in evaluation mode: they were trained with their dropout."""

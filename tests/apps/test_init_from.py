@@ -11,11 +11,12 @@ from conftest import SMALL, command, finish
 from torch import nn
 from written_runs import averages, config_of, model_of, write_run
 
-from diffusion_trainer.apps import initial
+from diffusion_trainer.apps import initial, rank
 from diffusion_trainer.apps.finished import loaded
 from diffusion_trainer.apps.initial import FILE, NOTE, checkpoint_in, run_of
 from diffusion_trainer.apps.parts import Parts
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.networks.unet import ResidualBlock
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest
 from diffusion_trainer.training.ema import KEY
 
@@ -142,6 +143,21 @@ def test_a_finished_second_stage_is_loaded_whole(here, shards):
     heads = averages(here / "runs" / "head")
     for name, p in model.named_parameters():
         assert torch.equal(p, heads[name] if "second_head" in name else trunk[name])
+
+
+def test_a_frozen_trunk_has_no_dropout_from_the_first_step_on(here, shards):
+    dropout = "network.dropout=0.5"
+    write_run(here / "runs" / "source", config_of(shards, dropout))
+    config = config_of(shards, dropout, "objective=npr", "init_from=runs/source")
+    initial.write(make(here / "runs" / "head"), "runs/source")
+    module = rank.module_of(config, rank.progress_of(config), "cpu")
+    network = module.model.network
+    assert {m.training for m in network.second_head.modules()} == {True}
+    blocks = [m for m in network.modules() if isinstance(m, ResidualBlock) and m.dropout.p]
+    assert blocks
+    assert not any(m.training for block in blocks for m in block.modules())
+    whole = rank.module_of(config_of(shards, dropout), rank.progress_of(config), "cpu")
+    assert all(m.training for m in whole.modules())
 
 
 @pytest.mark.parametrize("source", ["hybrid", "uncertainty"])
