@@ -110,7 +110,8 @@ def report(
         name: {"mean": value.mean().item(), "standard_error": value.std().item() / count**0.5 if count > 1 else None}
         for name, value in found.items()
     }
-    kind = config["likelihood"]["_target_"].rsplit(".", 1)[-1].lower()
+    parts = config["likelihood"], config["likelihood"].get("dequantization")
+    kind = "-".join(part["_target_"].rsplit(".", 1)[-1].lower() for part in parts if part)
     out = Path(config["out"] or run_of(checkpoint.folder) / "likelihoods" / f"{checkpoint.folder.name}-{kind}.json")
     provenance = finished.provenance_of(config, checkpoint, config["seed"], ("variance", "likelihood", "data"))
     provenance |= {"num_images": count} | ({"fitted": learned} if learned else {})
