@@ -1,5 +1,7 @@
 """Runs of the console command that write down what they computed (spies.Spy)."""
 
+import shutil
+
 import torch
 from conftest import SMALL, command, finish
 
@@ -28,3 +30,11 @@ def largest(a, b, what):
 def bitwise(a, b):
     """Weights, all averages, both moments."""
     return a["all"].keys() == b["all"].keys() and all(torch.equal(a["all"][n], b["all"][n]) for n in a["all"])
+
+
+def forget_newest(run, images, before):
+    """A run's newest checkpoint, of `images`, is gone: the run goes on from the one at `before`."""
+    checkpoints = run / "checkpoints"
+    (newest,) = checkpoints.glob(f"images-*{images}")
+    shutil.rmtree(newest)
+    (checkpoints / "latest").write_text(newest.name.replace(str(images), str(before)) + "\n")

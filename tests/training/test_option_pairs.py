@@ -1,13 +1,12 @@
 """Each pair of what changes how a step is computed trains, evaluates, saves, and goes on as if it had not stopped."""
 
 import csv
-import shutil
 
 import pytest
 import torch
 from conftest import command, finish
 from covering import covering_array
-from spied_runs import SPY, bitwise
+from spied_runs import SPY, bitwise, forget_newest
 
 pytestmark = pytest.mark.slow
 
@@ -59,16 +58,9 @@ def test_every_pair_goes_on_bitwise_from_its_own_checkpoint(folder, row):
     run = folder / "runs" / name
     found = scored(run)
     assert [at for at, _ in found] == [str(HALF), str(WHOLE)]
-    forget_the_second_half(run)
+    forget_newest(run, WHOLE, HALF)
     again = trained(folder, name, *options, started=HALF)
     assert max(whole["ema_error"], again["ema_error"]) < 1e-6
     assert bitwise(again, whole)
     assert again["losses"] == whole["losses"][HALF // 16 :]
     assert scored(run) == found
-
-
-def forget_the_second_half(run):
-    checkpoints = run / "checkpoints"
-    (newest,) = checkpoints.glob(f"images-*{WHOLE}")
-    shutil.rmtree(newest)
-    (checkpoints / "latest").write_text(newest.name.replace(str(WHOLE), str(HALF)) + "\n")
