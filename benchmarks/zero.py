@@ -1,6 +1,6 @@
 """Measures what ZeRO keeps on a rank and sends in a step, and compares both with the formulas. CPUs with gloo, Linux.
 
-    python benchmarks/zero.py experiment=digits network.base_channels=96 batch_size=32 [overrides]
+    python benchmarks/zero.py experiment=digits network.blocks_per_level=12 batch_size=32 [overrides]
                               [--ranks 1,2,4] [--only ddp,zero3] [--json F]
 
 The third step of a run as `diffusion-trainer train` would take it, without callbacks and loggers, is looked at before
@@ -21,10 +21,14 @@ sent           8 P        8 P        8 P        12 P       times (n - 1) / n
 
 sent       counted where torch dispatches collectives, as rings: (n - 1) / n of the whole tensor for an all-gather or a
            reduce-scatter, twice that for an all-reduce, in the mean once for a broadcast or reduce; mean of the ranks
-wire       what the processes' TCP sockets sent (Linux's count): gloo's reduce-scatter, for one, is an all-reduce
+wire       what the processes' TCP sockets sent (Linux's count)
+gloo       the same collectives counted as gloo carries them out: it sends more than rings for a reduce and a
+           reduce-scatter (zero_traffic.py), so this is what `wire` should be
 buckets    allocated for gradients on their way by DeepSpeed, a constant of its configuration (DDP's hold the gradients)
 gathered   the most of stage 3's weights that are whole at a time
 other      all other tensors that Python knows of, at the step
+tensors    all of the above, at the step; without activations, which are no more
+held       what malloc has handed out since before the model was made and not got back (glibc's count), at the step
 
 A second formula ("DeepSpeed") says what differs from the paper. Stage 1 reduces gradients in the backward pass that
 ends a step, as stage 2 does: with one micro-batch it holds no more; with several it holds all of them between. Autograd
@@ -118,7 +122,8 @@ def measure(config: Mapping[str, Any], row: Row, world: processes.World) -> dict
         Layout(progress.batch_size, world.size, world.rank, 1), progress.seed, progress.lanes, 0, steps
     )
     with tempfile.TemporaryDirectory() as folder:
-        module, probe = rank.module_of(config, progress, "cpu"), Probe(strategy)
+        probe = Probe(strategy)
+        module = rank.module_of(config, progress, "cpu")
         trainer = settings.build(
             strategy, world.nodes, world.local_size, world.environment(), steps, [probe], [], Path(folder)
         )
@@ -127,7 +132,7 @@ def measure(config: Mapping[str, Any], row: Row, world: processes.World) -> dict
         trainer.fit(module, loader)
     return {
         "ranks": world.size, "parameters": parameters, "largest": max(numbers), "averages": len(ema.tracks),
-        "memory": probe.memory, "sent": probe.sent, "wire": probe.wire,
+        "memory": probe.memory, "sent": probe.sent, "wire": probe.wire, "gloo": probe.gloo,
     }  # fmt: skip
 
 
@@ -145,13 +150,13 @@ def ratio(measured: float, formula: float) -> float:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The report, for a person."""
-    rest = ("wire", "buckets", "gathered", "other")
+    rest = ("wire", "gloo", "buckets", "gathered", "other", "tensors", "held")
     lines = [
         f"P = {rows[0]['parameters']:,}; MB (1e6 bytes), and over the formulas (DeepSpeed's where it differs)",
         f"{'':13}{'n':>2}" + "".join(f"{name:>12}" for name in [*KINDS, "sent"]) + "".join(f"{n:>9}" for n in rest),
     ]
     for r in rows:
-        got = {**r["memory"], "sent": sum(r["sent"].values()), "wire": r["wire"]}
+        got = {**r["memory"], "sent": sum(r["sent"].values()), "wire": r["wire"], "gloo": r["gloo"]}
         numbers = "".join(f"{got[name] / 1e6:12.2f}" for name in [*KINDS, "sent"])
         lines.append(f"{r['row']:13}{r['ranks']:2}{numbers}" + "".join(f"{got[name] / 1e6:9.2f}" for name in rest))
         for formula in ("paper",) if r["deepspeed"] == r["paper"] else ("paper", "deepspeed"):
@@ -160,14 +165,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run(name: str, ranks: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """What `measure` says in processes of their own. UserError if they fail."""
+def run(names: Sequence[str], ranks: int, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """What `measure` says of each, one after another, in processes of their own. UserError if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
-        arguments = [str(Path(__file__).resolve()), *overrides, "--only", name, "--one-rank", "--json", str(file)]
-        code = processes.spawn([*arguments, f"--ranks={ranks}"], ranks, Path(folder))
+        arguments = [*overrides, f"--only={','.join(names)}", f"--ranks={ranks}", "--one-rank", f"--json={file}"]
+        code = processes.spawn([str(Path(__file__).resolve()), *arguments], ranks, Path(folder))
         if code:
-            raise UserError(f"{name} on {ranks} ranks failed with exit code {code}")
+            raise UserError(f"{', '.join(names)} on {ranks} ranks: failed with exit code {code}")
         return json.loads(file.read_text())
 
 
@@ -181,19 +186,23 @@ def main(arguments: Sequence[str]) -> int:
     accept_interrupt()
     options = read(arguments)
     if options.one_rank:
-        name, world = options.only[0], processes.current()
-        result = measure(configured(options.overrides, name, world.size), ROWS[name], world)
-        if world.rank == 0:
-            options.json.write_text(json.dumps(result))
+        world, results = processes.current(), []
+        for name in options.only:
+            if world.rank == 0:
+                print(f"{name} on {world.size}", file=sys.stderr, flush=True)
+            config = configured(options.overrides, name, world.size)
+            measure(config, ROWS[name], world)  # what is made once in a process is there when it counts
+            results.append(measure(config, ROWS[name], world))
+            if world.rank == 0:
+                options.json.write_text(json.dumps(results))
         return 0
     for name in options.only:
         for ranks in options.ranks:
             check(configured(options.overrides, name, ranks), ranks)
-    whole, rows = run("ddp", 1, options.overrides)["memory"]["activations"], []
-    for name in options.only:
-        for ranks in options.ranks:
-            print(f"{name} on {ranks}", file=sys.stderr, flush=True)
-            rows.append(compared(name, run(name, ranks, options.overrides), whole))
+    whole, rows = run(["ddp"], 1, options.overrides)[0]["memory"]["activations"], []
+    for ranks in options.ranks:
+        found = run(options.only, ranks, options.overrides)
+        rows += [compared(name, row, whole) for name, row in zip(options.only, found, strict=True)]
     print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
