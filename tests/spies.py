@@ -10,7 +10,7 @@ import torch
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.callbacks.loggers import LoggerChoice
-from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.run import BEFORE_SAVE, RunCallback
 from diffusion_trainer.callbacks.run_logger import RunLogger
 from diffusion_trainer.training.checkpoints import WEIGHT
 from diffusion_trainer.training.ema import KEY
@@ -169,8 +169,11 @@ class AlertFile(RunLogger):
 class Ledger(RunCallback):
     """<folder>/ledger-<rank>.jsonl: of each sample this rank has trained on, its number in the stream and its key.
 
-    Written as it happens, so that a process that is killed leaves what it has done.
+    Written as it happens, so that a process that is killed leaves what it has done: before the step is saved, or what
+    a kill in an evaluation leaves would lack a step that is not taken again.
     """
+
+    turn = BEFORE_SAVE
 
     def start(self) -> None:
         self.data = build(configuration.read(self.run.folder / "config.yaml")["data"], "data")
