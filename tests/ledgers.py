@@ -24,7 +24,7 @@ def tree(pid: int) -> list[int]:
 
 def until(run: Path, images: int, process: Popen) -> None:
     """Waits until a run has trained on so many images."""
-    end = time.monotonic() + 200
+    end = time.monotonic() + 400
     while not any(number >= images for number, _ in lines(run)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end, f"{run} never came to {images} images"
