@@ -1,7 +1,6 @@
 """diffusion-trainer doctor: a healthy run is found healthy, and each thing that is spoilt is found, with its remedy."""
 
 import json
-import mmap
 import os
 import shutil
 import socket
@@ -11,7 +10,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL
@@ -21,18 +19,15 @@ from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import doctor
 from diffusion_trainer.apps.doctor import LAST_SECONDS, MEETING_SECONDS, Settings, bounded
 from diffusion_trainer.apps.doctor_disk import TemporaryFiles, bytes_of_checkpoints, last_save, speed_of
-from diffusion_trainer.apps.doctor_facts import Run, scratch
+from diffusion_trainer.apps.doctor_facts import scratch
 from diffusion_trainer.apps.doctor_run import CONFIG_SECONDS, unreachable
-from diffusion_trainer.apps.findings import Check, Process, examine, judge, ok
+from diffusion_trainer.apps.findings import Check, Process, examine, judge
 from diffusion_trainer.apps.meeting import Absent, meeting
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.checkpointing import SAVE_SECONDS
-from diffusion_trainer.callbacks.ema_snapshots import lengths
-from diffusion_trainer.conventions import PassingError, UserError
-from diffusion_trainer.streaming.ring import Ring
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import MANIFEST, write_manifest
-from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
 DIGITS = ["experiment=digits", *SMALL]
 ALONE = Process(0, "here")
@@ -274,69 +269,6 @@ def test_a_server_that_answers_whatever_is_reachable_and_a_silent_one_is_not():
         assert "timed out" in unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_seconds=0.2)
 
 
-class Made(Check):
-    """A check whose measurement is made up."""
-
-    name, mend = "made", "mend it"
-
-    def __init__(self, action, seconds=5.0):
-        self.action, self.seconds = action, seconds
-
-    def measure(self, here, agreement):
-        return self.action()
-
-    def judge(self, measured):
-        yield ok(self.name, str(measured[0][1]))
-
-
-def refuse():
-    raise UserError("say it otherwise")
-
-
-def not_now():
-    raise PassingError("it does not answer")
-
-
-@pytest.mark.parametrize(
-    ("action", "seconds", "says", "remedy", "code"),
-    [
-        (lambda: 1 / 0, 5, "ZeroDivisionError: division by zero", "mend it", 1),
-        (refuse, 5, "train would refuse this", "say it otherwise", 2),
-        (not_now, 5, "train would refuse this", "it does not answer", 1),
-        (threading.Event().wait, 0.1, "no answer within", "mend it", 0),
-        (lambda: 7, 5, "7", "", 0),
-    ],
-)
-def test_what_goes_wrong_in_a_check_is_a_finding(action, seconds, says, remedy, code):
-    check = Made(action, seconds)
-    measured = examine([check], ALONE, Agreement(), lambda: 10)
-    (one,) = judge([check], [(ALONE, measured)])
-    assert says in one.value
-    assert (one.remedy, one.exit_code) == (remedy, code)
-    check.needed = False  # what a run can do without keeps it from no node; what train would refuse does
-    (one,) = judge([check], [(ALONE, measured)])
-    assert one.exit_code == (code if "refuse" in says else 0)
-
-
-def test_what_one_node_refuses_and_another_does_not_may_pass_on_other_nodes():
-    """A mount that is missing there: exit code 1 puts a job back into the queue, 2 would end it."""
-    other, bad, good = Process(1, "node2", (0, 1)), Made(refuse), Made(lambda: 7)
-    reports = [(ALONE, examine([good], ALONE, Agreement(), lambda: 10))]
-    reports.append((other, examine([bad], other, Agreement(), lambda: 10)))
-    one, _ = judge([bad], reports)
-    assert (one.status, one.nodes, one.exit_code) == ("error", ("node2",), 1)
-
-
-def test_what_has_no_time_left_says_so_and_the_rest_stands():
-    checks = [Made(lambda: 7), Made(lambda: 8)]
-    checks[1].name = "late"
-    left = iter([5.0, -1.0])
-    measured = examine(checks, ALONE, Agreement(), lambda: next(left))
-    first, second = judge(checks, [(ALONE, measured)])
-    assert (first.status, second.status, second.exit_code) == ("ok", "warning", 0)
-    assert "not looked at" in second.value
-
-
 def test_the_time_for_all_is_kept(found):
     code, wrong, _, _ = found("doctor.timeout_seconds=0.001")
     assert code == 0
@@ -383,37 +315,6 @@ def test_processes_that_come_too_late_keep_the_run_from_no_node(monkeypatch, cap
     monkeypatch.setattr(doctor, "meeting", absent)
     assert console.run(["doctor", *DIGITS]) == 0
     assert "warning: the doctor has not looked: 1 of 2 processes did not come" in capsys.readouterr().err
-
-
-def test_bytes_of_checkpoints_are_those_that_the_callbacks_keep():
-    config = doctor.check([*DIGITS, "ema=several", "callbacks.checkpoint.keep=3", "num_images=1000"])
-    run = Run(config, None, None)
-    assert run.checkpoint_bytes == 4 * run.parameters * (3 + len(config["ema"]["profiles"]))
-    assert (run.kept_bytes, run.snapshot_bytes) == (4 * run.checkpoint_bytes, 0)
-    snapshots = (
-        "+callbacks.more={_target_: diffusion_trainer.callbacks.ema_snapshots.EmaSnapshots, every_n_images: 100}"
-    )
-    run = Run(doctor.check([*DIGITS, "ema=several", "num_images=1000", snapshots]), None, None)
-    assert run.snapshot_bytes == 11 * 4 * run.parameters * len(lengths(run.part("ema")))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bytes_of_the_host_have_the_memory_that_batches_are_made_in(workers, monkeypatch):
-    made = []
-    monkeypatch.setattr(mmap, "mmap", lambda _, size: made.append(size) or np.empty(size, np.uint8))
-    run = Run(doctor.check([*DIGITS, f"data.num_workers={workers}"]), None, None)
-    state = 2 * run.checkpoint_bytes + 8 * run.parameters * run.local_size  # of a sharded run on CPUs
-    loader = run.loader
-    Ring(*loader.slots, loader.kinds, loader.lendable)
-    assert run.host_bytes == run.local_size * sum(made[:-1]) + state  # the last one says which slots are in use
-
-
-@pytest.mark.slow
-def test_bytes_of_a_checkpoint_are_those_that_it_has(trained):
-    run = Run(doctor.check(DIGITS), None, None)
-    checkpoint = Checkpoint(latest(trained / "runs" / "digits" / "checkpoints"))
-    whole = sum(t.numel() * t.element_size() for kind in checkpoint.kinds for t in checkpoint.whole(kind).values())
-    assert run.checkpoint_bytes == whole
 
 
 @pytest.mark.slow
