@@ -84,14 +84,13 @@ def _stop_lost_start(folder: Path, lock: IO[str]) -> None:
     lock.seek(0)
     if not _job() or lock.read() != _job() or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         raise UserError(f"another process is training in {folder}; wait for it or give this run another name=...")
-    print(
-        f"an earlier start of job {_job()} still trains in {folder}, on a node that SLURM has lost: it is told to stop"
-    )
+    lost = f"an earlier start of job {_job()}"
+    print(f"{lost} still trains in {folder}, on a node that SLURM has lost: it is told to stop", flush=True)
     end = time.monotonic() + LOST_SECONDS
     while not taken(lock):
         (folder / STOP).touch()
         if time.monotonic() > end:
-            raise PassingError(f"an earlier start of job {_job()} has not stopped within {LOST_SECONDS} s in {folder}")
+            raise PassingError(f"{lost} has not stopped within {LOST_SECONDS} s in {folder}")
         time.sleep(1)
     (folder / STOP).unlink(missing_ok=True)
 
