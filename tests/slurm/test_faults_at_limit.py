@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import pytest
-from test_launch import SCRIPT, cluster, requeued  # noqa: F401 (fixtures)
+from launching import SCRIPT, cluster, requeued  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
