@@ -26,14 +26,14 @@ from typing import NamedTuple
 import numpy as np
 from encoders import Encoder, npy, pixels, place
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, cores
 from diffusion_trainer.streaming.damage import Damage, MissingField, MissingShard, Undecodable
 from diffusion_trainer.streaming.index import Shard
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, read_json, write_json
 from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.stores import LocalStore
 from diffusion_trainer.streaming.writer import beside, staging
-from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
+from diffusion_trainer.streaming.writing import arguments, positive, script, write
 
 VERSION = 2  # of the shards; raise it when they change
 IMAGES = ("jpg", "jpeg", "png", "webp")

@@ -25,12 +25,12 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, cores
 from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.decoding import FORMATS, eight_bits, opened
 from diffusion_trainer.streaming.order import permutation
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, read_json, stamp, write_json
-from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
+from diffusion_trainer.streaming.writing import arguments, positive, script, write
 
 VERSION = 2  # of the shards; raise it when they change
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of files that are taken for images

@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from image_folder import member, printable
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, cores
 from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, stamp
-from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
+from diffusion_trainer.streaming.writing import arguments, positive, script, write
 
 VERSION = 2  # of the shards; raise it when they change
 

@@ -20,9 +20,9 @@ from hashlib import blake2b
 import numpy as np
 from PIL import Image
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, cores
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip
-from diffusion_trainer.streaming.writing import arguments, cores, positive, script, write
+from diffusion_trainer.streaming.writing import arguments, positive, script, write
 
 VERSION = 1  # of the pictures; raise it when they change
 

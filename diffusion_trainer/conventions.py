@@ -18,6 +18,8 @@ A sample's place in the endless stream of training samples is its number `index`
 `index % batch_size`. Randomness of training is a function of (seed, stream, step, place), never of the rank.
 """
 
+import os
+import sys
 from hashlib import blake2b
 from typing import Protocol
 
@@ -64,6 +66,11 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 def seed_of(*key: int | str) -> int:
     """A 63-bit seed that depends on the key alone: not on the process, the platform or a library's stream."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def cores() -> int:
+    """CPU cores that this process may use: a container, a job or a sweep may have given it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def plain(text: str) -> str:

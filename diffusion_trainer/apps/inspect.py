@@ -1,6 +1,5 @@
 """diffusion-trainer inspect: what is in shards, what it looks like, how fast it can be read, and what is damaged."""
 
-import os
 import sys
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from PIL import Image
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import Schema
-from diffusion_trainer.conventions import UserError, plain
+from diffusion_trainer.conventions import UserError, cores, plain
 from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.streaming.damage import Found
 from diffusion_trainer.streaming.inspecting import (
@@ -82,7 +81,7 @@ def _examined(listed: Sequence[Listed], verify: bool, processes: int | None) -> 
     """In their order, with a line now and then. processes: None takes those that the bytes to read are worth."""
     work = partial(examine, verify=verify)
     sizes = [one.path.stat().st_size for one in listed if (verify or one.shard is None) and one.path.is_file()]
-    wanted = processes or min(os.cpu_count() or 1, sum(sizes) // BYTES_PER_PROCESS)
+    wanted = processes or min(cores(), sum(sizes) // BYTES_PER_PROCESS)
     if min(wanted, len(sizes)) < 2:
         yield from _with_progress(map(work, listed), len(listed))
         return

@@ -15,6 +15,12 @@ OF_SWEEPS = {  # a sweep's keys, and what they are in conf/sweep.yaml
     "sweeper": "sweeper",
     **{key: f"sweeper.{key}" for key in ("trials", "metric", "direction", "prune")},
 }
+OF_HYDRA = {  # launchers that people know, and what is meant by them here
+    "basic": "hydra/launcher=local",
+    "joblib": "hydra/launcher=local parallel=<points at the same time>",
+    **dict.fromkeys(("submitit", "submitit_slurm"), "hydra/launcher=slurm"),
+    "submitit_local": "hydra/launcher=local",
+}
 AS_JOBS = "points of a sweep as jobs: diffusion-trainer train -m key=a,b hydra/launcher=slurm"
 
 
@@ -45,7 +51,7 @@ def check_chosen(name: str, chosen: str, keys: Mapping[str, str]) -> None:
     files = sorted((CONF / OF_SWEEPS[name]).glob("*.yaml"))
     options = {path.stem: yaml.safe_load(path.read_text()) for path in files}
     if chosen not in options:
-        near = hint(chosen, list(options))
+        near = f"; here that is {OF_HYDRA[chosen]}" if chosen in OF_HYDRA else hint(chosen, list(options))
         raise UserError(f"{name}={chosen}: there is no such option{near}; {name} is one of {', '.join(options)}")
     for key, said in keys.items():
         have = [f"{name}={option}" for option, node in options.items() if key in node]

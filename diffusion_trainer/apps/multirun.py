@@ -27,6 +27,7 @@ from diffusion_trainer.conventions import UserError
 __all__ = ["main", "plan"]
 DEFAULT = {"sweeper": "grid", "hydra/launcher": "local"}  # of conf/sweep.yaml
 INSIDE = ("sweeper.", "runner.")
+SHOWN = 20  # lines of the log of a point that failed
 GROUP = "WANDB_RUN_GROUP"  # Weights & Biases shows runs with the same one together
 
 
@@ -94,6 +95,15 @@ class Live:
     started: Started
     worse: bool = False  # than others
     pruned: bool = False  # and was told so
+
+
+def ended(live: Live, code: int) -> str:
+    """In words, of a point whose log nobody has seen; with the end of the log if it failed."""
+    if not code:
+        return f"{live.point.title} has ended"
+    log = live.started.log
+    lines = log.read_text(errors="replace").splitlines()[-SHOWN:] if log.is_file() else ["(removed)"]
+    return "\n  ".join([f"{live.point.title} has ended with exit code {code}; {log} ends:", *lines])
 
 
 @dataclass
@@ -178,6 +188,8 @@ class Sweep:
                     print(f"{live.point.title} is worse than others at the same images; it is stopped", flush=True)
 
     def _end(self, live: Live, code: int) -> None:
+        if live.started.log:
+            print(ended(live, code), flush=True)
         if self.received and code:
             self.record.note(live.point, STOPPED, code, live.started.job)
             self.codes.append(code)

@@ -25,7 +25,7 @@ from diffusion_trainer.apps import post_mortem
 from diffusion_trainer.callbacks import attempts
 from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS, signals_to_stop
 from diffusion_trainer.callbacks.last_words import RankFiles
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, cores
 from diffusion_trainer.training.agreement import Agreement
 
 ROLLED_BACK = 75  # exit code (EX_TEMPFAIL of sysexits.h): to be started again, from an earlier checkpoint
@@ -117,7 +117,7 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
     """
     post_mortem.put_away(logs)
     attempt = attempts.begin(logs)
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, cores() // count)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),

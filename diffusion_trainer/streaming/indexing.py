@@ -1,6 +1,5 @@
 """Makes the index of shards, in parallel."""
 
-import os
 import signal
 import threading
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_trainer.conventions import cores
 from diffusion_trainer.streaming.cutter import Cutter
 from diffusion_trainer.streaming.decoding import IMAGES, image_size
 from diffusion_trainer.streaming.index import CHECKSUMS, OFFSETS, SIZES, Shard
@@ -83,7 +83,7 @@ def _worth(todo: Sequence[Site]) -> int:
     """How many processes. A store's shards are worth one each: they wait for the network."""
     size = sum(site.size() for site in todo if isinstance(site, LocalSite))
     remote = sum(not isinstance(site, LocalSite) for site in todo)
-    return max(1, min(os.cpu_count() or 1, remote + size // BYTES_PER_PROCESS))
+    return max(1, min(cores(), remote + size // BYTES_PER_PROCESS))
 
 
 def _scanned(

@@ -165,11 +165,6 @@ def arguments(description: str, samples_per_shard: int | None = None) -> argpars
     return parser
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def script(main: Callable[[], None]) -> int:
     """The exit code; mistakes are told without a traceback."""
     try:

@@ -40,7 +40,23 @@ if said["do"] == "once" and not os.path.exists("once"):  # killed with its sweep
     signal.signal(signal.SIGTERM, stop)
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(20)
+if said["do"].startswith("meet"):  # one that waits until the other is there
+    open(said["do"], "w").close()
+    other = {"meet1": "meet2", "meet2": "meet1"}[said["do"]]
+    while not os.path.exists(other):
+        time.sleep(0.01)
+if said["do"].startswith("both"):
+    open(said["do"], "w").close()
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
+    while not (os.path.exists("both1") and os.path.exists("both2")):
+        time.sleep(0.01)
+    if said["do"] == "both1":
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(20)
+with open(said["do"] + ".share", "w") as file:
+    json.dump({"cores": sorted(os.sched_getaffinity(0)), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}, file)
 if said["do"].startswith("fail"):
+    print("what", said["do"], "says", flush=True)
     sys.exit(int(said["do"][4:]))
 with open(said["out"], "w") as file:
     json.dump({"metrics": {"fid": len(said["do"]) / 3}}, file)

@@ -85,7 +85,7 @@ def test_flags(monkeypatch):
 def test_a_failing_point_stops_no_other_and_each_is_announced_before_its_output(capfd):
     points = [point("a"), point("fail3"), point("die"), point("b")]
     assert run(*points) == ([0, 3, 137, 0], 0)
-    lines = ["[1/4] do=a", "did a", "[2/4] do=fail3", "[3/4] do=die", "[4/4] do=b", "did b"]
+    lines = ["[1/4] do=a", "did a", "[2/4] do=fail3", "what fail3 says", "[3/4] do=die", "[4/4] do=b", "did b"]
     assert capfd.readouterr().out.splitlines() == lines
 
 

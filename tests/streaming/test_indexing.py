@@ -167,7 +167,7 @@ def test_many_bytes_are_read_by_as_many_processes_as_there_are_cores_and_shards(
     monkeypatch.setattr(indexing, "BYTES_PER_PROCESS", 1)
     monkeypatch.setattr(indexing, "ProcessPoolExecutor", lambda n, *_: pools.append(n) or ThreadPoolExecutor(n))
     for cores in (3, 64):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(indexing, "cores", lambda cores=cores: cores)
         index(tars, None, again=True)
     assert pools == [3, 5]
 
