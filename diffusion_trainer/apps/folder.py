@@ -37,6 +37,7 @@ MAY_CHANGE = (
 ORDER = "order"  # of the samples: the fingerprint of the data
 CHANGES = "config_changes.txt"  # of a run's folder: when, from which checkpoint on, and what
 SWEEP = "sweep.json"  # of a folder that holds the runs of a sweep (apps/sweep_record.py)
+LOGS = "logs"
 JOB = "job.sbatch"  # the script that apps/submit.py last submitted
 LOST_SECONDS = 600  # that a start of a job, whose node SLURM has lost, may take to save and stop
 MAY_CHANGE_INSIDE = (
@@ -59,7 +60,7 @@ def held(folder: Path) -> Iterator[int]:
     Yields the lock's descriptor: while a process that inherited it lives, the folder is held.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOGS).mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"folder={folder} cannot be written ({error}); choose another folder=...") from error
@@ -128,7 +129,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder} is the folder of a sweep, with its runs in it; choose another name=... or folder=..., or go "
                 "on with the sweep: the same command with -m"
             )
-        strangers = [name for name in sorted(os.listdir(folder)) if name not in (".lock", "logs", JOB)]
+        strangers = [name for name in sorted(os.listdir(folder)) if name not in (".lock", LOGS, JOB)]
         if strangers:
             raise UserError(
                 f"{folder} is not empty and holds no run ({strangers[0]}, ...); choose another name=... or folder=..."

@@ -76,3 +76,12 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         pass
     with pytest.raises(UserError, match="mount that file system with locks"):
         folders.is_locked(tmp_path / ".lock")
+
+
+def test_a_file_where_the_logs_have_to_be_is_said_before_anything_starts(tmp_path):
+    (tmp_path / "logs").write_text("mine")
+    with (
+        pytest.raises(UserError, match=r"cannot be written \(.*logs'\); choose another folder="),
+        folders.held(tmp_path),
+    ):
+        pytest.fail("it was held")
