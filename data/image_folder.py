@@ -26,8 +26,9 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from diffusion_trainer.conventions import UserError, cores
+from diffusion_trainer.conventions import plain as visible
 from diffusion_trainer.streaming.damage import Damage
-from diffusion_trainer.streaming.decoding import FORMATS, eight_bits, opened
+from diffusion_trainer.streaming.decoding import FORMATS, eight_bits, opened, picture_of
 from diffusion_trainer.streaming.order import permutation
 from diffusion_trainer.streaming.recipes import Job, Recipe, Skip, fingerprint, read_json, stamp, write_json
 from diffusion_trainer.streaming.writing import arguments, positive, script, write
@@ -43,11 +44,15 @@ def member(data: bytes, max_side: int | None, quality: int) -> tuple[str, bytes]
     with opened(data, (*FORMATS, *OTHERS)) as image:
         extension = KEPT.get(image.format, "png")
         too_large = max_side is not None and max(image.size) > max_side
+        if image.format in KEPT:
+            picture = picture_of(memoryview(data))
+            picture.check()
+            if not too_large:
+                picture.pixels(3)  # by training's own decoder: what that calls damage is none here
+                return extension, data
         if too_large:
             image = resized(image, max_side)
         image.load()
-        if image.format in KEPT and not too_large:
-            return extension, data
         return ("jpg", encoded(image, "jpeg", quality)) if extension == "jpg" else ("png", encoded(image, "png"))
 
 
@@ -89,9 +94,14 @@ def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -
 
 
 def listing(root: Path) -> tuple[list[str], int]:
-    """Paths of the images below a folder, sorted; how many other files there are. Hidden ones do not count."""
+    """Paths of the images below a folder, sorted; how many other files there are. Hidden ones do not count. What has
+    an image's name and is no file (a link to nothing, a pipe) is among the others, and said.
+    """
     files = [os.path.relpath(path, root) for path in files_below(root)]
-    images = sorted(path for path in files if path.lower().endswith(SUFFIXES))
+    named = sorted(path for path in files if path.lower().endswith(SUFFIXES))
+    images = [path for path in named if (root / path).is_file()]
+    for path in sorted(set(named) - set(images)):
+        print(f"  left out: {visible(printable(path))}: it is no file, or a link to none", file=sys.stderr)
     if not images:
         raise UserError(f"{root}: no file below it is an image ({', '.join(SUFFIXES)}); is it the right folder?")
     return images, len(files) - len(images)

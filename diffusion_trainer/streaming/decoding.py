@@ -24,8 +24,9 @@ IMAGES = ("jpg", "jpeg", "png", "webp")  # extensions; the bytes decide which of
 MODES = {1: "L", 3: "RGB"}  # channels -> Pillow's name
 MAX_SCANS = 100  # of a JPEG: ten are usual, and each costs what its pixels do
 _SCAN = re.compile(b"\xff\xda")  # how one begins, and nothing else but in comments and thumbnails
-_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables and comments, which may come before the frame
-_SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # frames whose scans have bits for each block, so that bytes bound them
+_START_OF_SCAN = 0xDA
+_SEGMENTS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables and comments, which may come before frame and scan
+_SEQUENTIAL = {0xC0, 0xC1}  # frames
 PNG = b"\x89PNG\r\n\x1a\n"
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's names of what `picture_of` knows
 
@@ -45,9 +46,11 @@ def opened(data: bytes | memoryview, formats: Sequence[str]) -> Iterator[Pillow.
         raise TooLarge(str(error)) from error
     except Pillow.UnidentifiedImageError as error:  # whose message has an address in memory
         raise undecodable(f"it is no {', '.join(formats)}", memoryview(data)) from error
-    # Pillow says ValueError of chunks that are too short or too long, SyntaxError of chunks in the midst of pixels.
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-        raise undecodable(f"it cannot be decoded as {', '.join(formats)} ({error})", memoryview(data)) from error
+    except (Damage, MemoryError):
+        raise
+    except Exception as error:  # of somebody else's parsers, which meet bad bytes with any: IndexError, TypeError, ...
+        what = f"it cannot be decoded as {', '.join(formats)} ({type(error).__name__}: {error})"
+        raise undecodable(what, memoryview(data)) from error
 
 
 def eight_bits(picture: Pillow.Image) -> Pillow.Image:
@@ -73,6 +76,9 @@ class Picture(ABC):
     @property
     def size(self) -> tuple[int, int]:
         return self.height, self.width
+
+    def check(self) -> None:  # noqa: B027 (some formats have nothing that shows)
+        """Damage, or what would take too long, as far as it shows without decoding."""
 
     @abstractmethod
     def pixels(self, channels: int, enough: float = 1.0) -> tuple[np.ndarray, int]:
@@ -109,21 +115,26 @@ class Jpeg(Picture):
             super().into(out)
 
     def _decode(self, channels: int, height: int, width: int, buffer: np.ndarray | None = None) -> np.ndarray:
-        self._check_scans()
+        self.check()
         colours = "GRAY" if channels == 1 else "RGB"
         try:
             return simplejpeg.decode_jpeg(self.data, colours, min_height=height, min_width=width, buffer=buffer)
         except ValueError as error:
             raise undecodable(f"its JPEG data are damaged ({error})", self.data) from error
 
-    def _check_scans(self) -> None:
-        """A scan of a hundred bytes may pass over all pixels of a progressive JPEG."""
-        data, at = self.data, 2
-        while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] in _SEGMENTS:
+    def check(self):
+        """A scan of ten bytes may pass over all pixels: what is missing is taken for zeros, and said afterwards."""
+        data, at, components = self.data, 2, None
+        while at + 10 <= len(data) and data[at] == 0xFF:
+            kind = data[at + 1]
+            if kind == _START_OF_SCAN and data[at + 4] == components:
+                return  # has all of a sequential frame: libjpeg reads no other one
+            if kind in _SEQUENTIAL:
+                components = data[at + 9]
+            elif kind not in _SEGMENTS:
+                break
             at += 2 + (data[at + 2] << 8 | data[at + 3])
-        if bytes(data[at : at + 2]) in _SEQUENTIAL:
-            return
-        if any(islice(_SCAN.finditer(data), MAX_SCANS, None)):
+        if any(islice(_SCAN.finditer(data[at:]), MAX_SCANS, None)):
             raise undecodable(f"the JPEG has more than {MAX_SCANS} scans", data)
 
 
@@ -153,10 +164,10 @@ class Png(ByPillow):
         return cls(data, height, width)
 
     def pixels(self, channels, enough=1.0):
-        self._check()
+        self.check()
         return super().pixels(channels)
 
-    def _check(self) -> None:
+    def check(self):
         """The checksums of all chunks, which Pillow does not look at, and that the last one is there."""
         at, name = 8, b""
         while name != b"IEND":

@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import UserError, plain
 from diffusion_trainer.streaming.index import Shard, entry_of, shard_of
 from diffusion_trainer.streaming.locks import replace_file
 from diffusion_trainer.streaming.writer import is_shard_of, publish, shard_name, staging, write_shard
@@ -105,6 +105,7 @@ class Job:
 
     def _skip(self, skipped: list[str]) -> Skip:
         def skip(message: str) -> None:
+            message = plain(message)  # strangers have named the samples
             if self.strict:
                 raise UserError(f"{message} (without --strict it would be left out)")
             skipped.append(message)

@@ -295,6 +295,24 @@ def test_links_back_to_a_folder_that_they_lie_in_end(tmp_path):
     assert image_folder.listing(photos) == (expected, 1)
 
 
+def test_what_is_no_file_is_left_out_and_said(tmp_path, capsys):
+    photos = fill(tmp_path / "photos", {"cat/1.jpg": b""})
+    (photos / "cat" / "2.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(photos / "cat" / "\x1b[2J.jpg")  # to open it would be to wait
+    assert image_folder.listing(photos) == (["cat/1.jpg"], 2)
+    said = capsys.readouterr().err
+    assert "left out: cat/2.jpg: it is no file, or a link to none" in said
+    assert "left out: cat/\\x1b[2J.jpg: it is no file" in said
+
+
+@pytest.mark.parametrize("max_side", [None, 8])
+def test_what_takes_training_too_long_is_left_out(max_side):
+    plain = picture(1, mode="L", format="jpeg", progressive=True)
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" + bytes(2)
+    with pytest.raises(Damage, match="more than 100 scans"):
+        image_folder.member(plain[:-2] + scan * 100 + plain[-2:], max_side, 95)
+
+
 @pytest.mark.parametrize("same", ["size", "time"])
 def test_a_mended_picture_makes_another_set(photos, monkeypatch, capsys, same):
     whole = FILES["cat/1.jpg"]

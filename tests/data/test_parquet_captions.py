@@ -108,12 +108,13 @@ def test_paths_do_not_lead_out_of_their_folder(tmp_path, monkeypatch, capsys):
     for name in ("in/x.png", "secret.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(IMAGES[1])
-    outside = ["../secret.png", str(tmp_path / "secret.png"), "gone.png", "a\0b", "x.png", "", "x.png/y"]
-    write_parquet(tmp_path / "in" / "a.parquet", range(7), outside)
+    outside = ["../secret.png", str(tmp_path / "secret.png"), "gone.png", "a\0b", "x.png", "", "x.png/y", "../\x1b[2J"]
+    write_parquet(tmp_path / "in" / "a.parquet", range(8), outside)
     assert recipe(monkeypatch, tmp_path / "in", "--root", tmp_path / "in") == 0
     assert [s["__key__"] for s in read(tmp_path / "out")] == ["000000004"]
     said = capsys.readouterr().err
-    assert said.count("leads out of --root") == 2
+    assert said.count("leads out of --root") == 3
+    assert "../\\x1b[2J leads" in said
     assert said.count("there is no file") == 3
 
 

@@ -1,6 +1,7 @@
 """Pictures that are broken, of another shape or too large: counted exactly, and replaced alike in every layout."""
 
 import io
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -34,12 +35,19 @@ def marked(data: bytes) -> bytes:
     return data[:-100] + b"\xff\xc4" + data[-98:]
 
 
+def tripping(data: bytes) -> bytes:
+    """A whole PNG with an empty colour profile behind its pixels, of which Pillow says IndexError."""
+    chunk = b"iCCP"
+    return data[:-12] + bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[-12:]
+
+
 MATRIX = {
     "a JPEG cut in its middle": ("jpg", lambda n: picture(n)[:300], "undecodable"),
     "a JPEG with zeros in its second half": ("jpg", lambda n: zeroed(picture(n)), "undecodable"),
     "a JPEG with a wrong marker": ("jpg", lambda n: marked(picture(n)), "undecodable"),
     "a JPEG that is none": ("jpg", lambda n: b"no picture", "undecodable"),
     "a PNG cut in its middle": ("png", lambda n: picture(n, "png")[:400], "undecodable"),
+    "a PNG that Pillow trips over": ("png", lambda n: tripping(picture(n, "png")), "undecodable"),
     "a JPEG of another shape": ("jpg", lambda n: picture(n, side=SIDE + 1), "wrong_shape"),
     "a PNG of another shape": ("png", lambda n: picture(n, "png", side=SIDE - 8), "wrong_shape"),
     "a JPEG of too many pixels": ("jpg", lambda n: picture(n, side=4 * SIDE), "too_large"),

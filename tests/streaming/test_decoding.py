@@ -311,3 +311,33 @@ def test_what_looks_like_scans_in_a_comment_of_a_sequential_jpeg_is_none():
     plain = encoded(Pillow.new("L", (16, 16), 77), "JPEG")
     comment = b"\xff\xfe\x01\x02" + b"\xff\xda" * 128
     assert (picture_of(memoryview(plain[:2] + comment + plain[2:])).pixels(1)[0] == 77).all()
+
+
+@pytest.mark.parametrize("at_first", [1, 98])
+def test_a_sequential_jpeg_has_as_few(at_first):
+    """A scan of one component without bits: libjpeg takes zeros for them, over all pixels, and says so at the end."""
+    plain = encoded(Pillow.new("RGB", (16, 16)), "JPEG", subsampling=0)
+    at = plain.index(b"\xff\xda")
+    scan = lambda component: b"\xff\xda\x00\x08\x01" + bytes([component, 0x11 * (component > 1), 0, 63, 0, 0])  # noqa: E731
+    damaged = plain[:at] + scan(1) * at_first + scan(2) + scan(3)
+    with pytest.raises(Undecodable, match="premature end"):
+        picture_of(memoryview(damaged + b"\xff\xd9")).pixels(3)
+    with pytest.raises(Undecodable, match=f"more than {MAX_SCANS} scans"):
+        picture_of(memoryview(damaged + scan(1) * (99 - at_first) + b"\xff\xd9")).pixels(3)
+
+
+def test_behind_a_scan_of_all_components_libjpeg_reads_no_other():
+    """So they need not be counted."""
+    plain = encoded(Pillow.new("RGB", (16, 16)), "JPEG")
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x00"
+    with pytest.raises(Undecodable, match="Didn't expect more than one scan"):
+        picture_of(memoryview(plain[:-2] + scan * 300 + plain[-2:])).pixels(3)
+
+
+def test_whatever_pillow_raises_of_bad_bytes_is_damage():
+    """Of a colour profile that is empty, behind the pixels, it raises IndexError."""
+    plain = encoded(Pillow.new("L", (16, 16)), "PNG")
+    chunk = b"iCCP"
+    damaged = plain[:-12] + bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4, "big") + plain[-12:]
+    with pytest.raises(Undecodable, match="cannot be decoded as PNG \\(IndexError: "):
+        picture_of(memoryview(damaged)).pixels(1)
