@@ -31,6 +31,7 @@ while [[ $1 == --* ]]; do
   [[ $1 != --ntasks=* ]] || SLURM_NTASKS=${1#*=}
   shift
 done
+[ ! -e replaced ] || cp replaced restarts
 [ "${SLURM_EXPORT_ENV:-}" != NONE ] || set -- env -u mistake -u stopped "$@"
 echo "srun ${options}at $MASTER_ADDR:$MASTER_PORT cpus $SRUN_CPUS_PER_TASK" >> sruns
 for ((rank = 0; rank < SLURM_NTASKS; rank++)); do

@@ -38,10 +38,21 @@ def test_a_mistake_of_a_later_start_is_a_crash_like_others(start, cluster, reque
 
 
 def test_a_start_that_slurm_has_replaced_by_another_leaves_the_job_alone(start, requeued, tmp_path):
-    (tmp_path / "restarts").write_text("1")
+    (tmp_path / "replaced").write_text("1")  # while it trains
     result = start(1)
     assert (result.returncode, requeued()) == (1, 0)
     assert "post_mortem" not in result.stderr
+
+
+@pytest.mark.parametrize(("code", "times"), [(1, 1), (2, 0)])
+def test_a_job_that_was_submitted_from_inside_another_counts_its_own_starts(
+    start, cluster, requeued, tmp_path, code, times
+):
+    """sbatch hands on the variables of the job around it, and SLURM sets this one only from the second start on."""
+    cluster["SLURM_RESTART_COUNT"] = "2"
+    (tmp_path / "restarts").write_text("0")
+    assert start(code).returncode == code
+    assert requeued() == times
 
 
 @pytest.mark.parametrize("code", [75, 1, 143, 138, 137])
@@ -115,7 +126,7 @@ def test_a_controller_that_is_gone_ends_it(start, requeued, away):
 
 
 def test_a_mistake_that_a_killed_start_has_left_is_not_that_of_this_one(start, tmp_path):
-    mistake = tmp_path / "slurm-41234.mistake"
+    mistake = tmp_path / "slurm-41234.mistake-0"
     mistake.touch()
     assert start(0).returncode == 0
     assert not mistake.exists()
@@ -123,7 +134,7 @@ def test_a_mistake_that_a_killed_start_has_left_is_not_that_of_this_one(start, t
 
 def test_that_a_killed_start_was_told_to_stop_is_no_word_of_this_one(start, cluster, tmp_path):
     cluster["DOCTOR"] = "false"
-    told = [tmp_path / f"slurm-41234.stopped-{rank}" for rank in range(2)]
+    told = [tmp_path / f"slurm-41234.stopped-0-{rank}" for rank in range(2)]
     for last in (False, False, True):
         for path in told:
             path.touch()

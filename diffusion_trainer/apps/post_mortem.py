@@ -3,6 +3,7 @@
 `python -m diffusion_trainer.apps.post_mortem <folder>` shows it where no parent has seen the processes (SLURM).
 """
 
+import os
 import signal
 import sys
 import time
@@ -208,16 +209,28 @@ def tell(folder: Path, text: str, file: TextIO) -> None:
         print(f"{folder / LOGS / FILE} could not be written: {error}", file=file)
 
 
+def _now(logs: Path) -> float:
+    """By the clock that the files there get their times from: a file server's, which may differ from this node's."""
+    probe = logs / f".now-{os.getpid()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:  # a full disk
+        return time.time()
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def main() -> None:
     """Nothing if no rank has left a file: the run did not fail. How many ranks there were is in what they have left.
-    A job script may give the exit code of the run as well, the command that goes on with it, and when this start began
-    (in seconds since 1970): what is older is of another one.
+    A job script may give the exit code of the run as well, the command that goes on with it, and how many seconds ago
+    this start began: what is older is of another one.
     """
     folder, given = Path(sys.argv[1]), sys.argv[2:]
     logs = folder / LOGS
-    for path in _left(logs) if given[2:] else ():
-        if path.stat().st_mtime < float(given[2]):
-            path.unlink(missing_ok=True)
+    if given[2:]:
+        began = _now(logs) - int(given[2]) - 1  # whole seconds
+        _move(logs, [path for path in _left(logs) if path.stat().st_mtime < began])
     ranks = {_rank_of(path) for path in _left(logs)}
     states = [state for rank in ranks if (state := state_of(RankFiles(logs, rank)))]
     world = max([1, *(state.world for state in states), *(rank + 1 for rank in ranks)])

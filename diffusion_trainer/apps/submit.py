@@ -73,7 +73,9 @@ def check(overrides: Sequence[str]) -> dict:
         wrong.append(f"{folder} has a quote, backslash or line break, which sbatch misreads; choose another folder=...")
     if wrong:
         raise UserError("\n".join(wrong))
-    tasks = job_script.tasks_per_node(job)
+    tasks, said = job_script.tasks_per_node(job), config["trainer"]["processes"]
+    if said not in (None, tasks):
+        raise UserError(f"trainer.processes={said}, but the job has tasks_per_node={tasks}: leave the former out")
     _, size = train.processes_of(config, World(0, job["nodes"] * tasks, job["nodes"], slurm=True))
     train.preflight(config, size, Path(config["folder"]))
     _check_lead(job["signal_lead_seconds"], _newest(folder))

@@ -42,27 +42,31 @@ def show(overrides: Sequence[str]) -> str:
 def check(overrides: Sequence[str]) -> dict:
     """The configuration; UserError for what can be known to fail before a process or a device is touched."""
     config = configuration.load("train", overrides, TrainConfig)
-    _, size = processes_of(config, processes.current())
+    _, size = started(config, processes.current())
     preflight(config, size, Path(config["folder"]))
     return config
 
 
 def processes_of(config: dict[str, Any], world: World | None) -> tuple[int, int]:
-    """How many processes this machine is to have, and how many the run; UserError if the strategy has fewer, or the
-    configuration says otherwise than who has started them.
-    """
+    """How many processes this machine is to have, and how many the run; UserError if the strategy has fewer."""
     strategy, trainer = (build(config[name], name, config["allowed_targets"]) for name in ("strategy", "trainer"))
-    if world and trainer.processes not in (None, world.local_size):
-        raise UserError(
-            f"trainer.processes={trainer.processes}, but srun or torchrun has started {world.local_size} on this node: "
-            "have it start so many, or leave trainer.processes out (inside `srun --pty`, which starts one, `env -u "
-            "SLURM_STEP_NUM_TASKS diffusion-trainer ...` has as many as you say)"
-        )
     count = world.local_size if world else trainer.local_processes(strategy)
     size = world.size if world else count
     if strategy.max_processes and size > strategy.max_processes:
         raise UserError(f"{size} processes were started, this strategy has {strategy.max_processes}; use strategy=ddp")
     return count, size
+
+
+def started(config: dict[str, Any], world: World | None) -> tuple[int, int]:
+    """As processes_of, for the processes that there are; UserError if the configuration says otherwise."""
+    said = config["trainer"]["processes"]
+    if world and said not in (None, world.local_size):
+        raise UserError(
+            f"trainer.processes={said}, but srun or torchrun has started {world.local_size} on this node: "
+            "have it start so many, or leave trainer.processes out (inside `srun --pty`, which starts one, `env -u "
+            "SLURM_STEP_NUM_TASKS diffusion-trainer ...` has as many as you say)"
+        )
+    return processes_of(config, world)
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -77,7 +81,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def _run(config: dict[str, Any], folder: Path, world: World | None) -> int:
-    count, size = processes_of(config, world)
+    count, size = started(config, world)
     first = world is None or world.rank == 0
     given = preflight(config, size, folder) if first else ""
 

@@ -86,6 +86,12 @@ def test_a_batch_that_does_not_divide_is_said_once_and_train_would_refuse(found)
     assert "matmul" in [f["check"] for f in findings]  # the machine is looked at all the same
 
 
+def test_processes_of_other_nodes_are_none_of_this_one(found):
+    """Two nodes of two processes, asked on a login node."""
+    _, wrong, _, _ = found("doctor.processes=4", "trainer.processes=2")
+    assert "batch" not in [f["check"] for f in wrong]
+
+
 def test_shards_that_are_not_there(found):
     code, wrong, _, _ = found("data.shards='nothing/*.tar'")
     assert (code, [f["check"] for f in wrong]) == (2, ["data"])

@@ -188,14 +188,35 @@ def test_a_job_script_can_show_it(tmp_path, logs, monkeypatch, capsys):
 def test_words_of_an_earlier_start_are_not_those_of_one_that_dies_at_once(tmp_path, logs, monkeypatch, capsys):
     speak(logs, 0, "ValueError: of an earlier start", 1)
     RankFiles(logs, 1).state.write_text(state(1).json())
-    os.utime(RankFiles(logs, 0).failed, (1, 1))
-    os.utime(RankFiles(logs, 1).state, (2, 2))
-    for began, expected in ((1, True), (2, True), (3, False)):
-        monkeypatch.setattr(sys, "argv", ["post_mortem", str(tmp_path), "1", "sbatch ...", str(began)])
+    now = time.time()
+    os.utime(RankFiles(logs, 0).failed, (now, now - 90))
+    os.utime(RankFiles(logs, 1).state, (now, now - 60))
+    attempts.begin(logs)  # theirs
+    for seconds, expected in ((100, True), (70, True), (40, False)):
+        monkeypatch.setattr(sys, "argv", ["post_mortem", str(tmp_path), "1", "sbatch ...", str(seconds)])
         post_mortem.main()
         said = capsys.readouterr().out
         assert (said != "") == expected
-        assert ("ValueError" in said) == (began == 1)
+        assert ("ValueError" in said) == (seconds == 100)
+    (kept,) = logs.glob("attempt-*/failed-rank-0.txt")
+    assert "of an earlier start" in kept.read_text()
+
+
+def test_the_clock_of_the_files_decides_whose_words_they_are(tmp_path, logs, monkeypatch, capsys):
+    """That of a file server which is an hour behind this node."""
+    speak(logs, 0, "ValueError: of this start", 1)
+    touch = Path.touch
+
+    def behind(path: Path) -> None:
+        touch(path)
+        os.utime(path, (time.time() - 3600,) * 2)
+
+    behind(RankFiles(logs, 0).failed)
+    monkeypatch.setattr(Path, "touch", behind)
+    monkeypatch.setattr(sys, "argv", ["post_mortem", str(tmp_path), "1", "sbatch ...", "30"])
+    post_mortem.main()
+    assert "ValueError: of this start" in capsys.readouterr().out
+    assert not list(logs.glob(".now*"))
 
 
 def shown(folder, monkeypatch, capsys) -> str:

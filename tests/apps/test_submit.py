@@ -132,6 +132,10 @@ def test_a_signal_that_leaves_less_time_than_the_last_save_took_is_refused(refus
         (["nodes=3"], "batch_size=32 does not divide over 3 processes"),
         (["nodes=2", "gpus_per_node=8", "lanes=8"], "lanes=8 must divide batch_size=32 and be a multiple of the 16"),
         (["nodes=2", "strategy=single"], "2 processes were started, this strategy has 1; use strategy=ddp"),
+        (
+            ["tasks_per_node=2", "trainer.processes=1"],
+            "trainer.processes=1, but the job has tasks_per_node=2: leave the former out",
+        ),
         (["data.shards=elsewhere/*.tar"], "elsewhere"),
         (["folder='a\"b'"], "choose another folder=..."),
     ],
