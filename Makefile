@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Of tests/: whole tables of ways to run and to die, some minutes each; and what measures time, or has the one cluster.
-MATRICES := tests/apps/test_hangs.py tests/apps/test_interrupted_runs.py tests/apps/test_killed_runs.py \
-  tests/apps/test_ledger.py tests/training/test_elastic_matrix.py tests/training/test_guarded_runs.py \
-  tests/training/test_one_trajectory.py tests/training/test_option_pairs.py tests/training/test_precision_runs.py \
+MATRICES := tests/apps/test_cut_network.py tests/apps/test_hangs.py tests/apps/test_interrupted_runs.py \
+  tests/apps/test_killed_runs.py tests/apps/test_ledger.py tests/apps/test_sweep_runs.py \
+  tests/training/test_elastic_matrix.py tests/training/test_guarded_runs.py tests/training/test_one_trajectory.py \
+  tests/training/test_option_pairs.py tests/training/test_precision_runs.py tests/training/test_step_options.py \
   tests/training/test_strategies.py tests/training/test_two_heads.py
 SERIAL := tests/slurm tests/benchmarks
 PYTEST := $(BIN)/python -m pytest -q
