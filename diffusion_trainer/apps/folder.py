@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from diffusion_trainer.apps.config import dump, read
+from diffusion_trainer.callbacks.job_starts import JobStart, remove_old_stop_files
 from diffusion_trainer.callbacks.redaction import filled, redacted
-from diffusion_trainer.callbacks.run import STOP
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.evaluation.writing import whole
 
@@ -38,6 +38,7 @@ ORDER = "order"  # of the samples: the fingerprint of the data
 CHANGES = "config_changes.txt"  # of a run's folder: when, from which checkpoint on, and what
 SWEEP = "sweep.json"  # of a folder that holds the runs of a sweep (apps/sweep_record.py)
 LOGS = "logs"
+LOCK = ".lock"  # held while the run trains; in it, the start of a job that had it last
 JOB = "job.sbatch"  # the script that apps/submit.py last submitted
 LOST_SECONDS = 600  # that a start of a job, whose node SLURM has lost, may take to save and stop
 MAY_CHANGE_INSIDE = (
@@ -61,39 +62,59 @@ def held(folder: Path) -> Iterator[int]:
     """
     try:
         (folder / LOGS).mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
+        file = (folder / LOCK).open("a+")
     except OSError as error:
         raise UserError(f"folder={folder} cannot be written ({error}); choose another folder=...") from error
     with file as lock:
         if not taken(lock):
             _stop_lost_start(folder, lock)
-        with suppress(OSError):  # a full disk: then `_stop_lost_start` will not know this start
-            lock.truncate(0)
-            os.write(lock.fileno(), _job().encode())
+        remove_old_stop_files(folder)
+        _sign(lock)
         yield lock.fileno()
 
 
-def _job() -> str:
-    """Whose start this is: the number of the job that SLURM starts again; "" elsewhere."""
-    return os.environ.get("SLURM_JOB_ID", "")
+def _sign(lock: IO[str]) -> None:
+    """Writes down whose start this is, for later ones and for this one's other ranks."""
+    with suppress(OSError):  # a full disk: then `_stop_lost_start` will not know this start
+        lock.truncate(0)
+        os.write(lock.fileno(), str(JobStart.current() or "").encode())
+        os.fsync(lock.fileno())  # other nodes see it now
+
+
+def _lost_start(folder: Path) -> JobStart | None:
+    """The earlier start of this very job that has used the folder last, or still does."""
+    ours, last = JobStart.current(), JobStart.read((folder / LOCK).read_text())  # opened anew: NFS would not look again
+    return last if ours and last and last.came_before(ours) else None
 
 
 def _stop_lost_start(folder: Path, lock: IO[str]) -> None:
     """Waits until an earlier start of this very job has saved and stopped: where the daemon of a node dies, SLURM
     starts the job elsewhere, and the ranks there go on. UserError if it is another run that holds the folder.
     """
-    lock.seek(0)
-    if not _job() or lock.read() != _job() or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-        raise UserError(f"another process is training in {folder}; wait for it or give this run another name=...")
-    lost = f"an earlier start of job {_job()}"
-    print(f"{lost} still trains in {folder}, on a node that SLURM has lost: it is told to stop", flush=True)
-    end = time.monotonic() + LOST_SECONDS
+    end, told = time.monotonic() + LOST_SECONDS, None
     while not taken(lock):
-        (folder / STOP).touch()
+        lost = _lost_start(folder)
+        if lost is None:
+            raise UserError(f"another process is training in {folder}; wait for it or give this run another name=...")
+        earlier = f"an earlier start of job {lost.job}"
+        if lost != told:
+            print(f"{earlier} still trains in {folder}, on a node that SLURM has lost: it is told to stop", flush=True)
+        told = lost
+        lost.stop_file(folder).touch()
         if time.monotonic() > end:
-            raise PassingError(f"{lost} has not stopped within {LOST_SECONDS} s in {folder}")
+            raise PassingError(f"{earlier} has not stopped within {LOST_SECONDS} s in {folder}")
         time.sleep(1)
-    (folder / STOP).unlink(missing_ok=True)
+
+
+def wait_for_first_rank(folder: Path) -> None:
+    """Of the other ranks, before they look where the run is: until rank 0 has the folder, where an earlier start of
+    this job had it. They might find the run elsewhere than rank 0 will, and wait for it with a collective's time-out.
+    """
+    end = time.monotonic() + 2 * LOST_SECONDS  # it may begin last
+    while (folder / LOCK).exists() and _lost_start(folder):
+        if time.monotonic() > end:
+            raise PassingError(f"rank 0 has not begun within {2 * LOST_SECONDS} s in {folder}")
+        time.sleep(1)
 
 
 def taken(file: IO[str], how: int = fcntl.LOCK_EX) -> bool:
@@ -129,7 +150,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder} is the folder of a sweep, with its runs in it; choose another name=... or folder=..., or go "
                 "on with the sweep: the same command with -m"
             )
-        strangers = [name for name in sorted(os.listdir(folder)) if name not in (".lock", LOGS, JOB)]
+        strangers = [name for name in sorted(os.listdir(folder)) if name not in (LOCK, LOGS, JOB)]
         if strangers:
             raise UserError(
                 f"{folder} is not empty and holds no run ({strangers[0]}, ...); choose another name=... or folder=..."

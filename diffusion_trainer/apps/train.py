@@ -101,6 +101,8 @@ def _run(config: dict[str, Any], folder: Path, world: World | None) -> int:
         else:
             from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
 
+            if not first:
+                folders.wait_for_first_rank(folder)
             code = work(config, folder, world)
     if code == 0 and first:
         summarize(config, folder)

@@ -3,7 +3,8 @@
 import signal
 from types import FrameType
 
-from diffusion_trainer.callbacks.run import DISK, SAVE, STOP, RunCallback, crossed
+from diffusion_trainer.callbacks.job_starts import remove_stop_files
+from diffusion_trainer.callbacks.run import DISK, SAVE, RunCallback, crossed
 from diffusion_trainer.conventions import PassingError
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.saving import NotRemoved, Saver
@@ -132,7 +133,7 @@ class Checkpointing(RunCallback):
                 f"run the same command again: it goes on from {run.saved_at:,}, the one before"
             )
         if run.first and run.stop_signal is None and not run.rolled_back:
-            (run.folder / STOP).unlink(missing_ok=True)  # made too late to be seen, and the run is done
+            remove_stop_files(run.folder)  # made too late to be seen, and the run is done
 
     def close(self) -> None:
         for number, handler in self._previous.items():

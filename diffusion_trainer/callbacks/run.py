@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from diffusion_trainer.callbacks.job_starts import remove_stop_files, stop_files
 from diffusion_trainer.conventions import PassingError
 from diffusion_trainer.evaluation.evaluation import Prepared
 from diffusion_trainer.evaluation.generate import Generator
@@ -18,8 +19,7 @@ from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule
 from diffusion_trainer.training.sharding import Sharding
 
-STOP = "stop"  # a file in a run's folder, made by hand: as a SIGTERM
-STOP_SECONDS = 3.0  # between two looks for it, each a request to what may be a network file system
+STOP_SECONDS = 3.0  # between two looks for the files that say so, each a request to what may be a network file system
 DISK = "disk"  # the title of alerts about it
 FIRST, BEFORE_SAVE, SAVE, AFTER_SAVE, LAST = range(5)  # turns of callbacks
 
@@ -48,8 +48,8 @@ class Run:
     save_seconds: float | None = None  # that writing the last checkpoint took
     reach_images: int = 0  # how far back from the newest checkpoint there must be one
     _failing: set[str] = field(default_factory=set)  # what could not be written the last time
-    _looked_at: float = -inf  # for the file STOP, by this rank's clock
-    _by_file: bool = False  # whether it is why this rank stops
+    _looked_at: float = -inf  # for the files that tell it to stop, by this rank's clock
+    _by_file: bool = False  # whether one is why this rank stops
     _answers: tuple[int, Mapping["RunCallback", list[float]]] = (-1, {})
 
     @property
@@ -61,12 +61,12 @@ class Run:
         return self.module.images_seen
 
     def told_to_stop(self) -> bool:
-        """Whether this rank is: by a signal or, rank 0, by the file <folder>/stop, looked for every STOP_SECONDS. The
+        """Whether this rank is: by a signal or, rank 0, by one of `stop_files`, looked for every STOP_SECONDS. The
         others learn it by agreement.
         """
         if self.stop_signal is None and self.first and monotonic() - self._looked_at >= STOP_SECONDS:
             self._looked_at = monotonic()
-            if (self.folder / STOP).exists():
+            if any(path.exists() for path in stop_files(self.folder)):
                 self.stop_signal, self._by_file = signal.SIGTERM, True
         return self.stop_signal is not None
 
@@ -76,7 +76,7 @@ class Run:
         self.agree_on_stop()
         self.stopping = self.trainer.should_stop = True
         if self._by_file:
-            (self.folder / STOP).unlink(missing_ok=True)
+            remove_stop_files(self.folder)
 
     def agree_on_stop(self) -> None:
         """The same signal on all ranks, if any has one. All ranks must call it."""

@@ -11,7 +11,8 @@ import pytest
 from diffusion_trainer.apps import processes
 from diffusion_trainer.callbacks import run as runs
 from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS, signals_to_stop
-from diffusion_trainer.callbacks.run import STOP, STOP_SECONDS, Run
+from diffusion_trainer.callbacks.job_starts import STOP, JobStart
+from diffusion_trainer.callbacks.run import STOP_SECONDS, Run
 
 
 class Folder:
@@ -36,7 +37,7 @@ def clock(monkeypatch):
     return clock
 
 
-def of_rank(rank: int, folder: Folder) -> Run:
+def of_rank(rank: int, folder) -> Run:
     return Run(folder, None, None, SimpleNamespace(rank=rank), None, None, None)
 
 
@@ -129,3 +130,13 @@ def test_without_checkpoints_a_stop_ends_the_run_unsaved(tmp_path):
     run.stop()
     assert (run.stopping, trainer.should_stop, run.stop_signal) == (True, True, signal.SIGTERM)
     assert not (tmp_path / STOP).exists()
+
+
+@pytest.mark.parametrize(("other", "obeyed"), [(("77", 1), True), (("77", 0), False), (("78", 1), False)])
+def test_what_tells_another_start_to_stop_does_not_stop_this_one(tmp_path, monkeypatch, other, obeyed):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    JobStart(*other).stop_file(tmp_path).touch()
+    assert of_rank(0, tmp_path).told_to_stop() == obeyed
+    (tmp_path / STOP).touch()
+    assert of_rank(0, tmp_path).told_to_stop()  # by hand, it is for whoever trains there
