@@ -99,6 +99,29 @@ def test_what_cannot_be_written_does_not_end_a_job(start, requeued, tmp_path, sp
 
 
 @pytest.fixture
+def full(cluster, tmp_path):
+    """No file can be made any more where the job's are; what is there can still be written to."""
+    (tmp_path / "slurm-41234.starts").write_text("none begun\n")
+    touch = tmp_path / "tools" / "touch"
+    touch.write_text('#!/bin/bash\necho "touch: $1: No space left on device" >&2\nexit 1\n')
+    touch.chmod(0o755)
+
+
+@pytest.mark.usefixtures("full")
+@pytest.mark.parametrize("code", [143, 138, 140, 129, 130])
+def test_stops_are_no_crashes_where_ranks_cannot_leave_a_word_of_them(start, requeued, tmp_path, code):
+    assert (stops(start, 5, code), requeued()) == ([False] * 5, 5)
+    assert stops(start, 3, 1) == [False, False, True]
+    assert not list(tmp_path.glob("slurm-*"))
+
+
+@pytest.mark.usefixtures("full")
+def test_stops_without_a_word_end_too(start, requeued, with_line):
+    few = functools.partial(start, script=with_line("max_all=20 ", "max_all=5 "))
+    assert (stops(few, 5, 143), requeued()) == ([False] * 4 + [True], 4)
+
+
+@pytest.fixture
 def away(tmp_path):
     """away(times): the controller does not answer the first so many times that it is asked each thing."""
 
