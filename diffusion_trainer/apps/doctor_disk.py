@@ -17,6 +17,7 @@ import torch
 from diffusion_trainer.apps.doctor_facts import Run, nearest, scratch
 from diffusion_trainer.apps.findings import (
     Check,
+    Failed,
     Finding,
     Measured,
     Process,
@@ -27,9 +28,10 @@ from diffusion_trainer.apps.findings import (
     size_of,
     time_of,
     warning,
-)
+)  # fmt: skip
 from diffusion_trainer.callbacks.checkpointing import SAVE_SECONDS
 from diffusion_trainer.callbacks.ema_snapshots import FOLDER as SNAPSHOTS
+from diffusion_trainer.evaluation.writing import FULL
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import write_tensors
 from diffusion_trainer.training.checkpoints import latest, resumable
@@ -42,7 +44,9 @@ SHARED_MEMORY_BYTES = 1_000_000_000  # NCCL between the GPUs of a node; containe
 
 @dataclass(frozen=True)
 class Folder(Check):
-    """Whether all nodes see the run's folder, and whether there is room for its checkpoints."""
+    """Whether all nodes see the run's folder, and whether there is room for its checkpoints. A run that has one goes on
+    on a full disk: it keeps what it has, says so at each save, and trains meanwhile.
+    """
 
     run: Run
 
@@ -51,7 +55,7 @@ class Folder(Check):
     seconds = float("inf")
 
     def measure(self, here: Process, agreement: Agreement) -> Mapping[str, Any] | None:
-        problem = _unseen(self.run.folder, here.rank == 0, agreement)
+        problem, full = _unseen(self.run.folder, here.rank == 0, agreement)
         if not here.leads:
             return None
         at, folder = nearest(self.run.folder), self.run.folder
@@ -59,18 +63,18 @@ class Folder(Check):
         saved = latest(folder / "checkpoints") is not None
         later = max(0, self.run.snapshot_bytes - bytes_of_checkpoints(folder, SNAPSHOTS))
         free = shutil.disk_usage(at).free
-        return {"problem": problem, "path": str(at), "free": free, "needed": needed, "later": later, "saved": saved}
+        room = {"path": str(at), "free": free, "needed": needed, "later": later, "saved": saved}
+        return {"problem": problem, "spared": saved and full, **room}
 
     def judge(self, measured: Measured) -> Iterator[Finding]:
-        problems = grouped([(p, v["problem"]) for p, v in measured if v["problem"]])
-        for problem, processes in problems.items():
-            yield error(self.name, problem, self.mend, nodes_of(processes))
+        problems = grouped([(p, (v["problem"], v["spared"])) for p, v in measured if v["problem"]])
+        for (problem, spared), processes in problems.items():
+            yield (warning if spared else error)(self.name, problem, self.mend, nodes_of(processes))
         _, least = min(measured, key=lambda item: item[1]["free"])
         says = f"{size_of(least['free'])} free in {least['path']}, {size_of(least['needed'])} for checkpoints"
         says += f", {size_of(least['later'])} for snapshots of averages to the end" if least["later"] else ""
         if least["free"] < least["needed"]:
             mend = "make room, choose another folder=..., or keep fewer: callbacks.checkpoint.keep=1"
-            # A run that goes on keeps what it has, says so at each save, and trains meanwhile.
             yield (warning if least["saved"] else error)(self.name, says, mend)
         elif least["free"] < least["needed"] + least["later"]:
             mend = "make room meanwhile, or take fewer snapshots: a larger every_n_images of theirs"
@@ -88,13 +92,15 @@ def bytes_of_checkpoints(folder: Path, kind: str) -> int:
     return total
 
 
-def _unseen(folder: Path, first: bool, agreement: Agreement) -> str | None:
-    """Why the run's folder cannot be used here: the first process cannot write, or what it has written is not here."""
+def _unseen(folder: Path, first: bool, agreement: Agreement) -> tuple[str | None, bool]:
+    """Why the run's folder cannot be used here: the first process cannot write, or what it has written is not here; and
+    whether that is for want of room alone.
+    """
     if not first:
         path = agreement.gather(None)[0]
         seen = path is None or Path(path).exists()  # where it could not write, it says so
         agreement.any(False)
-        return None if seen else f"{folder.absolute()} is not the folder that rank 0 writes to"
+        return (None if seen else f"{folder.absolute()} is not the folder that rank 0 writes to"), False
     told = False
     try:
         with scratch(folder) as path:
@@ -102,18 +108,18 @@ def _unseen(folder: Path, first: bool, agreement: Agreement) -> str | None:
             agreement.gather(str(path.absolute()))
             agreement.any(False)
     except OSError as problem:
-        return f"{type(problem).__name__}: {problem}"
+        return f"{type(problem).__name__}: {problem}", problem.errno in FULL
     finally:
         if not told:
             agreement.gather(None)
             agreement.any(False)
-    return None
+    return None, False
 
 
 @dataclass(frozen=True)
 class Saving(Check):
     """How long a checkpoint takes: as long as the run's last one; before the first some megabytes are written just so,
-    by all processes that will write, at once.
+    by all processes that will write, at once. Where there is no room for that, a run that has a checkpoint goes on.
     """
 
     run: Run
@@ -123,25 +129,34 @@ class Saving(Check):
     mend = "choose another folder=... that can be written to"
     seconds = 20
 
-    def measure(self, here: Process, agreement: Agreement) -> Mapping[str, float | None] | None:
+    def measure(self, here: Process, agreement: Agreement) -> Mapping[str, float | None] | Failed | None:
         if here.rank and not self.run.sharded:
             return None
-        took = None if here.rank else last_save(self.run.folder)
-        most = max(65536, min(WRITTEN_BYTES, self.run.checkpoint_bytes))
-        with scratch(self.run.folder) as path:
-            # The first, to which all is new, does not count.
-            _, larger, smaller = (_written(path / str(i), size) for i, size in enumerate((most, most, most // 16)))
+        total, took = self.run.checkpoint_bytes, last_save(self.run.folder)
+        if took is not None:
+            return {"bytes": total, "took": took}
+        most = max(65536, min(WRITTEN_BYTES, total))
+        try:
+            with scratch(self.run.folder) as path:
+                # The first, to which all is new, does not count.
+                _, larger, smaller = (_written(path / str(i), size) for i, size in enumerate((most, most, most // 16)))
+        except OSError as problem:
+            if problem.errno not in FULL or latest(self.run.folder / "checkpoints") is None:
+                raise
+            mend = "make room: until then nothing new is saved"
+            return Failed(f"not measured: {problem.strerror}", mend, exit_code=0)
         speed, latency = speed_of(*smaller, *larger)
-        return {"speed": speed, "latency": latency, "bytes": self.run.checkpoint_bytes, "took": took}
+        return {"speed": speed, "latency": latency, "bytes": total, "took": None}
 
     def judge(self, measured: Measured) -> Iterator[Finding]:
-        nodes = grouped([(p, p.node) for p, _ in measured])  # of replicated state only rank 0's
-        speeds = {node: sum(v["speed"] for p, v in measured if p.node == node) for node in nodes}
-        total, takes = measured[0][1]["bytes"], measured[0][1]["took"]
+        total = measured[0][1]["bytes"]
+        takes = next((v["took"] for _, v in measured if v["took"] is not None), None)
         known, says = takes is not None, f"a checkpoint of {size_of(total)}"
         if known:
             says += f" took {time_of(takes)} the last time"
         else:
+            nodes = grouped([(p, p.node) for p, _ in measured])  # of replicated state only rank 0's
+            speeds = {node: sum(v["speed"] for p, v in measured if p.node == node) for node in nodes}
             latency = max(v["latency"] for _, v in measured)
             takes = max(total / len(nodes) / speed for speed in speeds.values()) + latency
             says += f" takes about {time_of(takes)} ({size_of(sum(speeds.values()))}/s after {time_of(latency)})"

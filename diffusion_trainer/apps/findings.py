@@ -75,7 +75,7 @@ class Check(ABC):
 
     @abstractmethod
     def measure(self, here: Process, agreement: Agreement) -> Any:
-        """Plain values; None where this process has nothing to measure. Whatever it raises becomes a finding."""
+        """Plain values, or Failed; None where this process has nothing to measure. Whatever it raises is a finding."""
 
     @abstractmethod
     def judge(self, measured: Measured) -> Iterator[Finding]:

@@ -3,8 +3,8 @@
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +14,7 @@ from diffusion_trainer.apps.config import dump, read
 from diffusion_trainer.callbacks.job_starts import JobStart, remove_old_stop_files
 from diffusion_trainer.callbacks.redaction import filled, redacted
 from diffusion_trainer.conventions import PassingError, UserError
-from diffusion_trainer.evaluation.writing import whole
+from diffusion_trainer.evaluation.writing import FULL, needed, spared, whole
 
 # What may differ when a run goes on: how and how long it is computed, watched and measured, not what is computed.
 MAY_CHANGE = (
@@ -56,7 +56,8 @@ MUST_STAY = ("batch_size", "optimizer._target_", "ema._target_", "ema.profiles*"
 
 @contextmanager
 def held(folder: Path) -> Iterator[int]:
-    """The folder, ours alone; UserError if a living process holds it, or it cannot be written.
+    """The folder, ours alone; UserError if a living process holds it, or it cannot be written (PassingError: it is
+    full).
 
     Yields the lock's descriptor: while a process that inherited it lives, the folder is held.
     """
@@ -64,7 +65,8 @@ def held(folder: Path) -> Iterator[int]:
         (folder / LOGS).mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
     except OSError as error:
-        raise UserError(f"folder={folder} cannot be written ({error}); choose another folder=...") from error
+        kind = PassingError if error.errno in FULL else UserError  # there may be room at the next start
+        raise kind(f"folder={folder} cannot be written ({error}); choose another folder=...") from error
     with file as lock:
         if not taken(lock):
             _stop_lost_start(folder, lock)
@@ -75,10 +77,13 @@ def held(folder: Path) -> Iterator[int]:
 
 def _sign(lock: IO[str]) -> None:
     """Writes down whose start this is, for later ones and for this one's other ranks."""
-    with suppress(OSError):  # a full disk: then `_stop_lost_start` will not know this start
-        lock.truncate(0)
-        os.write(lock.fileno(), str(JobStart.current() or "").encode())
-        os.fsync(lock.fileno())  # other nodes see it now
+    lock.seek(0)
+    ours = str(JobStart.current() or "")
+    if lock.read() != ours:
+        with spared(f"the name of this start in {lock.name}, by which the job's next would know it,"):
+            lock.truncate(0)  # which is enough for the other ranks
+            os.write(lock.fileno(), ours.encode())
+            os.fsync(lock.fileno())  # other nodes see it now
 
 
 def _lost_start(folder: Path) -> JobStart | None:
@@ -200,16 +205,28 @@ def differences(old: Any, new: Any, path: str = "", free: bool = False) -> list[
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """In place of another one, whose differences are kept in CHANGES."""
-    path = folder / "config.yaml"
-    if path.is_file() and (changes := differences(read(path), config)):
-        newest = folder / "checkpoints" / "latest"
-        since = newest.read_text() if newest.is_file() else "the start"
-        lines = [time.strftime(f"%Y-%m-%d %H:%M:%S, from {since} on:"), *(f"  {change}" for change in changes)]
-        with (folder / CHANGES).open("a") as file:
-            file.write(redacted("".join(f"{line}\n" for line in lines)))
+    """In place of another one, whose differences are kept in CHANGES: both files, or, with a PassingError, none. The
+    same one again needs no room.
+    """
+    path, begun = folder / "config.yaml", (folder / "config.yaml").is_file()
+    text = f"# written by diffusion-trainer train: the resolved configuration\n{dump(config)}"
+    if begun and path.read_text() == text:
+        return
+    changes = differences(read(path), config) if begun else []
+    why = "and this configuration is another than the one there" if begun else "and the ranks read it"
+    with needed(path, why), whole(path) as part:
+        part.write_text(text)
+        if changes:
+            _note(folder, changes)
+
+
+def _note(folder: Path, changes: Sequence[Change]) -> None:
+    path, newest = folder / CHANGES, folder / "checkpoints" / "latest"
+    since = newest.read_text() if newest.is_file() else "the start"
+    lines = [time.strftime(f"%Y-%m-%d %H:%M:%S, from {since} on:"), *(f"  {change}" for change in changes)]
     with whole(path) as part:
-        part.write_text(f"# written by diffusion-trainer train: the resolved configuration\n{dump(config)}")
+        before = path.read_text() if path.is_file() else ""
+        part.write_text(before + redacted("".join(f"{line}\n" for line in lines)))
 
 
 def check_order(folder: Path, fingerprint: str | None) -> None:
@@ -224,7 +241,10 @@ def check_order(folder: Path, fingerprint: str | None) -> None:
 
 
 def write_order(folder: Path, fingerprint: str | None) -> None:
-    with whole(folder / ORDER) as part:
+    path = folder / ORDER
+    if path.is_file() and path.read_text() == str(fingerprint):
+        return
+    with needed(path, "by which the next start knows the data again"), whole(path) as part:
         part.write_text(str(fingerprint))
 
 
@@ -232,6 +252,6 @@ def run_id(folder: Path, saved: str | None = None) -> str:
     """The run's id in Weights & Biases: made once, kept in the folder. saved: what a checkpoint has of it."""
     path = folder / "run_id"
     if not path.is_file():
-        with whole(path) as part:
+        with needed(path, "and one run is to have one curve"), whole(path) as part:
             part.write_text(saved or os.urandom(6).hex())
     return path.read_text().strip()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.evaluation.writing import whole
+from diffusion_trainer.evaluation.writing import needed, whole
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
 from diffusion_trainer.training.ema import KEY
@@ -59,10 +59,18 @@ def write(run: Path, init_from: str | None) -> None:
     found = find(run, init_from)
     if found is None:
         return  # gone, and not needed: `check` has seen to that
-    with whole(run / NOTE) as part:  # first, so that no weights stand there without it
-        part.write_text(json.dumps({"checkpoint": found.checkpoint, "digest": digest(found.weights)}) + "\n")
-    with whole(run / FILE) as part:
-        save_file(found.weights, part)
+    with needed(run / FILE, f"the weights of init_from={init_from}"):
+        with whole(run / NOTE) as part:  # first, so that no weights stand there without it
+            part.write_text(json.dumps({"checkpoint": found.checkpoint, "digest": digest(found.weights)}) + "\n")
+        with whole(run / FILE) as part:
+            _save(found.weights, part)
+
+
+def _save(weights: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(weights), path)
+    except SafetensorError as error:  # its only word for a disk that is full
+        raise OSError(str(error)) from error
 
 
 class Found(NamedTuple):

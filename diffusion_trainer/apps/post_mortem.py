@@ -28,7 +28,7 @@ from diffusion_trainer.callbacks.last_words import (
 from diffusion_trainer.callbacks.redaction import redacted
 from diffusion_trainer.callbacks.watchdog import HUNG
 from diffusion_trainer.conventions import PassingError, UserError
-from diffusion_trainer.evaluation.writing import whole
+from diffusion_trainer.evaluation.writing import spared, whole
 
 LOGS = "logs"  # folder of a run
 FILE = "post-mortem.txt"  # in it
@@ -78,13 +78,13 @@ def put_away(logs: Path) -> None:
 
 
 def _move(logs: Path, files: Sequence[Path]) -> None:
-    """Into the newest attempt's folder, whose they are."""
+    """Into the newest attempt's folder, whose they are; those that cannot be moved would be taken for this start's."""
     numbers = attempts.numbers(logs)
     for path in files:
         if path.exists() and numbers:
-            path.replace(attempt_folder(logs, numbers[-1]) / path.name)
-        else:
-            path.unlink(missing_ok=True)
+            with spared(f"{path.name} of the start before, in its attempt's folder,"):
+                path.replace(attempt_folder(logs, numbers[-1]) / path.name)
+        path.unlink(missing_ok=True)
 
 
 def _left(logs: Path) -> list[Path]:

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
@@ -154,7 +155,7 @@ def _start(
     files: RankFiles, arguments: Sequence[str], shared: Mapping[str, str], inherited: Sequence[int]
 ) -> subprocess.Popen:
     rank = files.rank
-    with files.log.open("w") if rank else nullcontext() as log:
+    with _opened(files) if rank else nullcontext() as log:
         return subprocess.Popen(
             [sys.executable, *arguments],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -165,6 +166,15 @@ def _start(
             preexec_fn=_before_exec,
             pass_fds=inherited,
         )
+
+
+def _opened(files: RankFiles) -> AbstractContextManager[IO | None]:
+    """Its log; where that cannot be made what it prints comes to this terminal, as rank 0's does."""
+    try:
+        return files.log.open("w")
+    except OSError as error:
+        print(f"  WARNING: {files.log} cannot be written ({error.strerror}); it is printed here", flush=True)
+        return nullcontext()
 
 
 def _wait(ranks: Sequence[subprocess.Popen], logs: Path, attempt: int, received: Sequence[int]) -> int:
@@ -195,8 +205,9 @@ def _report(
     if -code in STOP_SIGNALS:
         print(f"rank {rank} was told to stop before it had anything to save.", file=sys.stderr)
         return 128 - code
-    if code == 2 and rank and ranks[0].returncode != 2:  # that only this rank could see
-        print(RankFiles(logs, rank, attempt).log.read_text(errors="replace").strip(), file=sys.stderr)
+    log = RankFiles(logs, rank, attempt).log
+    if code == 2 and rank and ranks[0].returncode != 2 and log.is_file():  # that only this rank could see
+        print(log.read_text(errors="replace").strip(), file=sys.stderr)
     if code in (2, *STOPPED):
         return code
     command = shlex.join(["diffusion-trainer", *sys.argv[1:]])

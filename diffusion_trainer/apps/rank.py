@@ -28,6 +28,7 @@ from diffusion_trainer.callbacks.redaction import redacted
 from diffusion_trainer.callbacks.run import Run, RunCallback, in_turn
 from diffusion_trainer.callbacks.scaling import Scaling
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import needed
 from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
@@ -146,7 +147,9 @@ class _Begin(Callback):
                 at = self.checkpoint.folder.name
                 print(f"  WARNING: {problem}\n  It is {aside.name} now; going on from {at}, the one before", flush=True)
         if first:
-            Rollbacks(self.folder).forget_after(self.started_at)
+            rollbacks = Rollbacks(self.folder)
+            with needed(rollbacks.path, "and what the run has left out is another from here on"):
+                rollbacks.forget_after(self.started_at)
         self.left_out = left_out(self.folder, self.started_at, self.agreement)
         resume_counters(trainer, self.started_at // module.progress.batch_size)
         if first:

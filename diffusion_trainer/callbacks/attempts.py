@@ -15,6 +15,7 @@ from diffusion_trainer.callbacks.last_words import RankFiles, attempt_folder
 from diffusion_trainer.callbacks.redaction import redacted
 from diffusion_trainer.callbacks.run import RunCallback
 from diffusion_trainer.conventions import UserError
+from diffusion_trainer.evaluation.writing import spared
 from diffusion_trainer.training.agreement import Agreement
 
 KEPT = 10  # attempts whose folders are kept, this one among them
@@ -29,7 +30,9 @@ def numbers(logs: Path) -> list[int]:
 
 
 def begin(logs: Path) -> int:
-    """A number of its own, even where another start takes one at the same moment; the oldest folders are deleted."""
+    """A number of its own, even where another start takes one at the same moment; the oldest folders are deleted. On a
+    full disk the folder comes with the first line for which there is room (`RankLog`).
+    """
     logs.mkdir(parents=True, exist_ok=True)
     earlier = numbers(logs)
     number = max(earlier, default=0) + 1
@@ -41,10 +44,11 @@ def begin(logs: Path) -> int:
 
 
 def _made(folder: Path) -> bool:
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
+    with spared(f"{folder}, for the logs of this start,"):
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return False
     return True
 
 

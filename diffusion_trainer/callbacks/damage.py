@@ -44,7 +44,10 @@ class CountDamage(RunCallback):
         self._new, self._unlisted = (
             [(at, Found(*found)) for at, found in kept[name]] if run.first else [] for name in ("new", "unlisted")
         )
-        self._listed = self._forget_after(self._began) if run.first else set()
+        self._listed: set[tuple[str, ...]] | None = None if run.first else set()
+        if run.first:
+            with run.going_on(LIST):
+                self._listed = self._forget_after(self._began)
 
     def before_save(self) -> None:
         shares = self.run.agreement.gather((self._new, self._unlisted))
@@ -116,6 +119,8 @@ class CountDamage(RunCallback):
         """All of it; or, with an OSError, none."""
         if not found:
             return
+        if self._listed is None:  # there was no room as the run began
+            self._listed = self._forget_after(self._began)
         text = io.StringIO(newline="")
         rows = csv.writer(text)
         with (self.run.folder / LIST).open("ab", buffering=0) as file:
@@ -141,8 +146,11 @@ class CountDamage(RunCallback):
             return set()
         with path.open(newline="") as file:
             kept = [tuple(row) for row in csv.reader(file) if len(row) == len(HEAD) and _number(row) <= images_seen]
-        with whole(path) as part, part.open("w", newline="") as file:
-            csv.writer(file).writerows([HEAD, *kept])
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([HEAD, *kept])
+        if path.read_bytes() != text.getvalue().encode():  # a full disk has no room for the same once more
+            with whole(path) as part:
+                part.write_bytes(text.getvalue().encode())
         return set(kept)
 
     @property

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from diffusion_trainer.callbacks.last_words import HANG, RankFiles, State, write_failure
 
@@ -54,7 +54,7 @@ class Watchdog:
     def start(self, allowed_seconds: float) -> None:
         self.beat("the start", allowed_seconds)
         self.files.logs.mkdir(parents=True, exist_ok=True)
-        self._file = self.files.stacks.open("a")
+        self._file = self._opened()
         # Workers are forked, and inherit this: each writes its own stack into this file when it is sent SIGQUIT.
         faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
         self._arm(allowed_seconds)
@@ -67,13 +67,22 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
         self._file.close()
-        if self.files.stacks.stat().st_size == 0:
+        if self.files.stacks.is_file() and self.files.stacks.stat().st_size == 0:
             self.files.stacks.unlink()
         if well:
             self.files.state.unlink(missing_ok=True)
         else:
             self._written = None  # a step may have ended since the last beat
             self._tell_state()
+
+    def _opened(self) -> IO:
+        try:
+            return self.files.stacks.open("a")
+        except OSError as error:
+            self._say(
+                f"WARNING: {self.files.stacks} cannot be written ({error.strerror}): stacks would be printed here"
+            )
+            return os.fdopen(os.dup(2), "a")
 
     def beat(self, doing: str, allowed_seconds: float) -> None:
         self._last = Beat(time.monotonic(), doing, allowed_seconds)

@@ -114,8 +114,9 @@ def test_limits_of_a_node():
     ]
 
 
-def folder(free, needed=10, problem=None, later=0, saved=False):
-    return {"free": free, "needed": needed, "later": later, "problem": problem, "path": "/runs", "saved": saved}
+def folder(free, needed=10, problem=None, later=0, saved=False, spared=False):
+    room = {"free": free, "needed": needed, "later": later, "path": "/runs", "saved": saved}
+    return {"problem": problem, "spared": spared, **room}
 
 
 def test_the_folder_needs_room_and_to_be_the_same_everywhere():
@@ -123,6 +124,8 @@ def test_the_folder_needs_room_and_to_be_the_same_everywhere():
     assert wrong(judged(Folder(None), [folder(9), folder(11)])) == [("error", ())]
     goes_on = [folder(9, saved=True), folder(11, saved=True)]  # it trains with what it has, and says so
     assert wrong(judged(Folder(None), goes_on)) == [("warning", ())]
+    full = folder(0, 0, problem="No space left on device", saved=True, spared=True)  # not a name has room
+    assert wrong(judged(Folder(None), [full, folder(0, 0)])) == [("warning", ("node1",))]
     assert wrong(judged(Folder(None), [folder(11, later=2)])) == [("warning", ())]  # there is time to make room
     assert wrong(judged(Folder(None), [folder(12, later=2)])) == []
     assert wrong(judged(Folder(None), [folder(10), folder(11, problem="another")])) == [("error", ("node2",))]

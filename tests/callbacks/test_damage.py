@@ -108,6 +108,19 @@ def test_the_list_has_no_secrets(callback, tmp_path, monkeypatch):
     assert "32,missing,https://host/***/x.tar,0,***" in (tmp_path / LIST).read_text()
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_goes_on_on_a_full_disk_and_its_list_is_what_it_would_be(tmp_path, lost):
+    """lost: the list has damage of steps that the run is yet to take again."""
+    begun(tmp_path)._write([(32, FOUND[0]), *([(64, FOUND[1])] if lost else [])])
+    part = tmp_path / f".{LIST}.part"
+    part.symlink_to("/dev/full")
+    callback = begun(tmp_path)
+    assert callback.alerts == ([LIST] if lost else [])
+    part.unlink(missing_ok=True)
+    callback._write([(64, FOUND[2])])
+    assert listed(tmp_path) == [("32", "checksum", "x.tar", "0"), ("64", "checksum", "x.tar", "2")]
+
+
 @pytest.fixture
 def run(tmp_path):
     """Trains in this process on 100 images in two shards, so many altogether."""
