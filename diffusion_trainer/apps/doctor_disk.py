@@ -28,7 +28,7 @@ from diffusion_trainer.apps.findings import (
     size_of,
     time_of,
     warning,
-)  # fmt: skip
+)
 from diffusion_trainer.callbacks.checkpointing import SAVE_SECONDS
 from diffusion_trainer.callbacks.ema_snapshots import FOLDER as SNAPSHOTS
 from diffusion_trainer.evaluation.writing import FULL

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_trainer.apps import completion, job_script, processes, train
+from diffusion_trainer.apps import completion, folder_lock, job_script, processes, train
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps.config import CONF
@@ -49,7 +49,7 @@ class Job:
 
     def write(self) -> Path:
         """The script's place; UserError if a process trains in the folder, or it cannot be written."""
-        with folders.held(self.folder):
+        with folder_lock.held(self.folder):
             (self.folder / "logs").mkdir(exist_ok=True)
             with whole(self.script) as part:
                 part.write_text(self.text)

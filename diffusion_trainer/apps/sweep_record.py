@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_trainer.apps.folder import SWEEP as FILE
-from diffusion_trainer.apps.folder import is_locked, taken
+from diffusion_trainer.apps.folder_lock import is_locked, taken
 from diffusion_trainer.apps.places import Point
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole

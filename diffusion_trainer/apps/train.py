@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffusion_trainer.apps import completion, initial, processes, statistics
+from diffusion_trainer.apps import completion, folder_lock, initial, processes, statistics
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
 from diffusion_trainer.apps.checks import (
@@ -91,7 +91,7 @@ def _run(config: dict[str, Any], folder: Path, world: World | None) -> int:
             announce(config, size, folder, given)
         return code
 
-    with folders.held(folder) if first else nullcontext() as lock:
+    with folder_lock.held(folder) if first else nullcontext() as lock:
         if first:
             folders.write_config(folder, config)
             initial.write(folder, config["init_from"])
@@ -102,7 +102,7 @@ def _run(config: dict[str, Any], folder: Path, world: World | None) -> int:
             from diffusion_trainer.apps.rank import work  # DeepSpeed and all: only where training happens
 
             if not first:
-                folders.wait_for_first_rank(folder)
+                folder_lock.wait_for_first_rank(folder)
             code = work(config, folder, world)
     if code == 0 and first:
         summarize(config, folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import folder as folders
+from diffusion_trainer.apps import folder_lock
 from diffusion_trainer.apps.nodes import Schema, build
 from diffusion_trainer.callbacks.loggers import Wandb, logged_in, server
 from diffusion_trainer.callbacks.wandb_session import alone
@@ -40,7 +41,7 @@ def main(overrides: Sequence[str]) -> int:
     if not logged_in():
         raise UserError(f"nobody is logged in at {server()}: wandb login, or set WANDB_API_KEY")
     with alone(folder, 0):  # not the run's own lock: a job that comes out of the queue starts, and waits for us a while
-        if folders.is_locked(folder / ".lock"):
+        if folder_lock.is_locked(folder / folder_lock.LOCK):
             raise UserError(
                 f"{folder} is training: online it sends by itself what is missing; offline it is sent once it has ended"
             )

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusion_trainer.apps import folder as folders
+from diffusion_trainer.apps import folder_lock
 from diffusion_trainer.callbacks.job_starts import STOP, JobStart
 from diffusion_trainer.callbacks.run import Run
 from diffusion_trainer.conventions import PassingError, UserError
@@ -32,7 +32,7 @@ def lost(tmp_path, monkeypatch):
 
         def lost(stops: bool) -> ExitStack:
             folder = stack.enter_context(ExitStack())
-            folder.enter_context(folders.held(tmp_path))
+            folder.enter_context(folder_lock.held(tmp_path))
 
             def train() -> None:
                 while not FOR_THE_FIRST(tmp_path).exists():
@@ -51,17 +51,17 @@ def lost(tmp_path, monkeypatch):
 
 def test_a_start_on_a_node_that_slurm_has_lost_is_told_to_stop_by_the_next_one(tmp_path, lost, capsys):
     lost(stops=True)
-    with folders.held(tmp_path):
+    with folder_lock.held(tmp_path):
         assert not FOR_THE_FIRST(tmp_path).exists()
-        assert folders.is_locked(tmp_path / ".lock")
+        assert folder_lock.is_locked(tmp_path / ".lock")
     assert "an earlier start of job 77 still trains in" in capsys.readouterr().out
-    assert not folders.is_locked(tmp_path / ".lock")
+    assert not folder_lock.is_locked(tmp_path / ".lock")
 
 
 def test_one_that_does_not_stop_costs_this_start_and_the_job_may_begin_again(tmp_path, lost, monkeypatch):
     lost(stops=False)
-    monkeypatch.setattr(folders, "LOST_SECONDS", 0)
-    with pytest.raises(PassingError, match="an earlier start of job 77 has not stopped"), folders.held(tmp_path):
+    monkeypatch.setattr(folder_lock, "LOST_SECONDS", 0)
+    with pytest.raises(PassingError, match="an earlier start of job 77 has not stopped"), folder_lock.held(tmp_path):
         pass
 
 
@@ -70,7 +70,7 @@ def test_whoever_else_trains_there_is_left_alone(tmp_path, lost, monkeypatch, jo
     lost(stops=False)
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    with pytest.raises(UserError, match="another process is training in"), folders.held(tmp_path):
+    with pytest.raises(UserError, match="another process is training in"), folder_lock.held(tmp_path):
         pass
     assert not list(tmp_path.glob(f"{STOP}*"))
 
@@ -78,9 +78,9 @@ def test_whoever_else_trains_there_is_left_alone(tmp_path, lost, monkeypatch, jo
 def test_one_that_has_lost_its_node_while_it_waited_leaves_a_later_start_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    with folders.held(tmp_path):
+    with folder_lock.held(tmp_path):
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        with pytest.raises(UserError, match="another process is training in"), folders.held(tmp_path):
+        with pytest.raises(UserError, match="another process is training in"), folder_lock.held(tmp_path):
             pass
     assert not list(tmp_path.glob(f"{STOP}*"))
 
@@ -91,21 +91,21 @@ def test_what_a_start_that_gave_up_or_was_killed_leaves_there_stops_only_the_los
 ):
     """Killed, it takes nothing away; when it gives up it must not: the lost one has still to see it."""
     with lost(stops=False):
-        monkeypatch.setattr(folders, "LOST_SECONDS", 0)
-        with pytest.raises(PassingError), folders.held(tmp_path):
+        monkeypatch.setattr(folder_lock, "LOST_SECONDS", 0)
+        with pytest.raises(PassingError), folder_lock.held(tmp_path):
             pass
         monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
         assert told_to_stop(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    with folders.held(tmp_path):
+    with folder_lock.held(tmp_path):
         assert not told_to_stop(tmp_path)
         assert not list(tmp_path.glob(f"{STOP}*"))
 
 
 def test_a_stop_by_hand_is_for_whoever_trains_there(tmp_path):
     (tmp_path / STOP).touch()
-    with folders.held(tmp_path):
+    with folder_lock.held(tmp_path):
         assert told_to_stop(tmp_path)
 
 
@@ -117,17 +117,17 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with (
         pytest.raises(UserError, match=r"\.lock cannot be locked \(Function not implemented\)"),
-        folders.held(tmp_path),
+        folder_lock.held(tmp_path),
     ):
         pass
     with pytest.raises(UserError, match="mount that file system with locks"):
-        folders.is_locked(tmp_path / ".lock")
+        folder_lock.is_locked(tmp_path / ".lock")
 
 
 def test_a_file_where_the_logs_have_to_be_is_said_before_anything_starts(tmp_path):
     (tmp_path / "logs").write_text("mine")
     with (
         pytest.raises(UserError, match=r"cannot be written \(.*logs'\); choose another folder="),
-        folders.held(tmp_path),
+        folder_lock.held(tmp_path),
     ):
         pytest.fail("it was held")

@@ -9,7 +9,7 @@ from small_disks import fill, fill_names, mounted
 from written_runs import config_of, write_run
 
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import initial, post_mortem, processes
+from diffusion_trainer.apps import folder_lock, initial, post_mortem, processes
 from diffusion_trainer.apps.doctor_disk import Folder, Saving
 from diffusion_trainer.apps.doctor_facts import Run
 from diffusion_trainer.apps.findings import Process, examine, judge
@@ -70,17 +70,17 @@ def test_a_change_that_cannot_be_noted_is_not_made(tmp_path):
 
 def test_the_same_job_again_writes_its_number_no_more(disk, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with folders.held(disk):
+    with folder_lock.held(disk):
         pass
     fill_up(disk)
-    with folders.held(disk):
+    with folder_lock.held(disk):
         assert (disk / ".lock").read_text() == "77"
     assert capsys.readouterr().out == ""
 
 
 def test_a_run_that_cannot_even_begin_may_be_tried_again(disk):
     fill_up(disk)
-    with pytest.raises(PassingError, match="run cannot be written"), folders.held(disk / "run"):
+    with pytest.raises(PassingError, match="run cannot be written"), folder_lock.held(disk / "run"):
         pytest.fail("it was held")
 
 

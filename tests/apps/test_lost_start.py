@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import rank, train
+from diffusion_trainer.apps import folder_lock, rank, train
 from diffusion_trainer.apps.config import load
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
@@ -37,7 +36,7 @@ def ranks(tmp_path, monkeypatch):
         return train._run(config, run, World(number, SIZE, 1, False))
 
     now = SimpleNamespace(monotonic=time.monotonic, strftime=time.strftime, sleep=wait)
-    monkeypatch.setattr(folders, "time", now)
+    monkeypatch.setattr(folder_lock, "time", now)
     monkeypatch.setattr(rank, "work", work)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -48,7 +47,7 @@ def test_no_rank_looks_where_the_run_is_before_the_lost_start_has_ended(ranks, m
     with ThreadPoolExecutor(SIZE) as pool:
         with monkeypatch.context() as lost:
             lost.setenv("SLURM_RESTART_COUNT", "0")
-            held = folders.held(ranks.run)
+            held = folder_lock.held(ranks.run)
             held.__enter__()
         try:
             starts = [pool.submit(ranks.start, number) for number in range(SIZE)]
@@ -73,7 +72,7 @@ def test_where_no_earlier_start_had_the_folder_no_rank_waits(ranks, last):
 def test_a_rank_does_not_wait_for_ever_for_rank_0(ranks, monkeypatch):
     ranks.run.mkdir()
     (ranks.run / ".lock").write_text("77.0")
-    monkeypatch.setattr(folders, "LOST_SECONDS", 0)
+    monkeypatch.setattr(folder_lock, "LOST_SECONDS", 0)
     with pytest.raises(PassingError, match="rank 0 has not begun within 0 s"):
         ranks.start(1)
     assert "work" not in ranks.did[1]

@@ -14,7 +14,7 @@ from written_runs import config_of, write_run
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import submit
+from diffusion_trainer.apps import folder_lock, submit
 from diffusion_trainer.apps.jobs import GONE, OVER, UNKNOWN, Slurm
 from diffusion_trainer.callbacks.checkpointing import SAVE_SECONDS
 from diffusion_trainer.conventions import UserError
@@ -173,7 +173,7 @@ def test_a_job_of_another_run_is_in_nobodys_way(slurm, run):
 
 
 def test_a_run_that_trains_here_is_not_submitted_as_well(slurm, run):
-    with folders.held(Path("runs/digits")), pytest.raises(UserError, match="another process is training in"):
+    with folder_lock.held(Path("runs/digits")), pytest.raises(UserError, match="another process is training in"):
         console.run(["submit", *run])
     assert slurm.read("submitted") is None
 

@@ -19,7 +19,7 @@ from wandb_server import Sent, Server, serving
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import wandb_sync
-from diffusion_trainer.apps.folder import held
+from diffusion_trainer.apps.folder_lock import held
 from diffusion_trainer.callbacks.loggers import Wandb
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.training.checkpoints import latest
