@@ -41,6 +41,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def drawn_anew():
+    """What a test draws from torch's own generator does not depend on the tests that its process has run before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def composed_once():
     """Hydra takes a tenth of a second to compose conf/, a third of it to read 30 files, and milliseconds to parse an

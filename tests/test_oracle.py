@@ -334,7 +334,8 @@ def test_in_three_dimensions_it_is_gaussian_conditioning_too():
     generator = torch.Generator().manual_seed(3)
     root = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
     mixture = Mixture([0.4, 0.6], torch.randn(2, 3, generator=generator), root @ root.mT)
-    x_t, alpha, sigma = torch.randn(5, 3, generator=generator, dtype=torch.float64), torch.rand(5), torch.rand(5) + 0.1
+    x_t = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    alpha, sigma = torch.rand(5, generator=generator), torch.rand(5, generator=generator) + 0.1
     for a, s in ((alpha, sigma), (alpha[:1].squeeze(), sigma[:1].squeeze())):
         assert_close(mixture.log_density(x_t, a, s), torch.stack([
             MixtureSameFamily(Categorical(mixture.weights), torch_components(mixture, u, v)).log_prob(x)

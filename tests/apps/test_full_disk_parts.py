@@ -68,13 +68,13 @@ def test_a_change_that_cannot_be_noted_is_not_made(tmp_path):
     assert (tmp_path / folders.CHANGES).read_text().count("num_images: 1 there, 2 here") == 1
 
 
-def test_the_same_job_again_writes_its_number_no_more(disk, monkeypatch, capsys):
+def test_the_same_start_again_writes_its_name_no_more(disk, monkeypatch, capsys):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with folder_lock.held(disk):
         pass
     fill_up(disk)
     with folder_lock.held(disk):
-        assert (disk / ".lock").read_text() == "77"
+        assert (disk / ".lock").read_text() == "77.0"
     assert capsys.readouterr().out == ""
 
 
