@@ -42,6 +42,9 @@ RULES = {
     ("learned schedule", "schedule=learned", "Hybrid"): lambda r: (
         r.get("schedule") == "learned" and r.get("objective") in {"hybrid", "npr", "sn", "uncertainty"}
     ),
+    ("seldom draws", "learned schedule"): lambda r: (
+        r.get("schedule") == "learned" and r.get("timesteps") in {"logit_normal", "log_normal_sigma"}
+    ),
     ("evens out the losses",): lambda r: (
         r.get("objective") == "uncertainty" and r.get("timesteps") == "loss_second_moment"
     ),

@@ -21,7 +21,7 @@ from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import Level
 from diffusion_trainer.process.schedules import Schedule
 from diffusion_trainer.process.variances import Estimate, FixedSmall
-from diffusion_trainer.sampling.guidance import AutoGuidance, Guidance, Interval, Nested
+from diffusion_trainer.sampling.guidance import AutoGuidance, ClassifierFree, Guidance, Interval, Nested
 from diffusion_trainer.sampling.sampler import Sampler
 from diffusion_trainer.streaming.arrays import Label
 from diffusion_trainer.streaming.base import Data
@@ -130,6 +130,7 @@ def check_guidance(config: Mapping[str, Any], image_shape: tuple[int, int, int])
         raise UserError("guidance: a list of parts is empty; put guidances into it, or use guidance=none")
     if intervals := [part for part in inside if isinstance(part, Interval)]:
         _check_intervals(intervals, levels_of(build(config["sampler"], "sampler", allowed), schedule))
+    _check_null_class(config, [part for part in inside if isinstance(part, ClassifierFree)], conditioning.stand_in(2))
     level, condition = schedule.level_at(sum(schedule.t_range) / 2), conditioning.stand_in(2)
     try:
         for part in inside:
@@ -140,6 +141,19 @@ def check_guidance(config: Mapping[str, Any], image_shape: tuple[int, int, int])
         raise UserError(f"guidance: {str(error).splitlines()[0]}") from error
     except UserError as error:
         raise UserError(f"guidance of {config.get('checkpoint') or config['name']}: {error}") from error
+
+
+def _check_null_class(config: Mapping[str, Any], parts: Sequence[ClassifierFree], condition: Tensor | None) -> None:
+    """That there is what they step away from: the model without a condition, which has to be trained."""
+    if all(part.scale == 1 for part in parts):
+        return
+    if condition is None:
+        raise UserError("guidance: the model has no condition, so nothing to guide it to: use guidance=none")
+    if config.get("condition_dropout") == 0:
+        raise UserError(
+            "guidance: with condition_dropout=0 the model is never trained without its condition, from which "
+            "classifier-free guidance steps away: use guidance=none, or train with condition_dropout=0.1"
+        )
 
 
 def _inside(guidance: Guidance) -> Iterator[Guidance]:

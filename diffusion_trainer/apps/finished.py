@@ -13,7 +13,7 @@ from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps import initial, statistics
 from diffusion_trainer.apps.initial import checkpoint_in, run_of
 from diffusion_trainer.apps.nodes import Schema, build
-from diffusion_trainer.apps.parts import Parts, check_sampling, check_variance, dtype_of, generator_of
+from diffusion_trainer.apps.parts import Parts, check_latents, check_sampling, check_variance, dtype_of, generator_of
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint
@@ -80,6 +80,7 @@ def check(config: Mapping[str, Any]) -> None:
 def check_drawing(config: Mapping[str, Any]) -> None:
     """UserError if sampler, variance and the statistics that they read do not go together, or not with the model."""
     check_sampling(config, config["accelerator"])
+    check_latents(config)
     statistics.check_bound(config, build(config["sampler"], "sampler", config["allowed_targets"]).x_0_bound)
 
 

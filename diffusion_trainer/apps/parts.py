@@ -12,6 +12,7 @@ from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.objectives.base import Objective
+from diffusion_trainer.objectives.hybrid import Hybrid
 from diffusion_trainer.sampling.likelihood import Likelihood
 from diffusion_trainer.sampling.solvers import Solver
 from diffusion_trainer.training.model import Model, missing_for_compile
@@ -121,6 +122,22 @@ def check_sampling(config: Mapping[str, Any], accelerator: str = "cpu") -> None:
         raise UserError(f"sampler: {error}") from error
     check_precision(config, accelerator, "sampler.solver", sampler.solver)
     check_variance(config)
+
+
+def check_latents(config: Mapping[str, Any]) -> None:
+    """UserError for what takes the data for pixels where they are real numbers, whose size has no bound."""
+    allowed = config["allowed_targets"]
+    if not build(config["data"], "data", allowed).latents:
+        return
+    bound = build(config["sampler"], "sampler", allowed).x_0_bound
+    if bound is not None:
+        raise UserError(
+            f"sampler.x_0_bound={bound} would clip estimates to [-{bound}, {bound}], as of pixels, but the data are "
+            "latents, which go beyond: say sampler.x_0_bound=null"
+        )
+    objective = build(config["objective"], "objective", allowed)
+    if isinstance(objective, Hybrid):
+        raise UserError("objective=hybrid has the likelihood of 8-bit pixels, but the data are latents: choose another")
 
 
 def check_precision(config: Mapping[str, Any], accelerator: str, key: str, method: Solver | Likelihood) -> None:

@@ -21,7 +21,14 @@ from diffusion_trainer.apps.checks import (
     check_secrets,
 )
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import Parts, TrainConfig, check_network, check_sampling, parameter_shapes
+from diffusion_trainer.apps.parts import (
+    Parts,
+    TrainConfig,
+    check_latents,
+    check_network,
+    check_sampling,
+    parameter_shapes,
+)
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.attempts import printing
 from diffusion_trainer.callbacks.ema_snapshots import EmaSnapshots, lengths
@@ -129,6 +136,7 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
         )
     check_heartbeat(config, world)
     check_sampling(config, config["trainer"]["accelerator"])
+    check_latents(config)
     folders.check(folder, config)
     data = build(config["data"], "data", allowed)
     check_data(config, data)
@@ -197,6 +205,8 @@ def summarize(config: dict[str, Any], folder: Path) -> None:
     logs = [name for name in ("metrics.csv", "wandb") if (folder / name).exists()]
     numbers = [f"{path} with their provenance"] if path.is_file() else []
     pictures = folder / "samples.png"
+    labelled = build(config["conditioning"], "conditioning", config["allowed_targets"]).stand_in(1) is not None
+    guided = " guidance.scale=2" if labelled and config["condition_dropout"] else ""
     lines = [
         f"done: {config['name']}, a diffusion model" + (f" after {seen:,} images" if seen else ""),
         f"  quality     {quality or f'not measured: diffusion-trainer evaluate checkpoint={folder} evaluation=...'}",
@@ -205,7 +215,7 @@ def summarize(config: dict[str, Any], folder: Path) -> None:
         f"  numbers     {', '.join(numbers + [f'{folder}/{name}' for name in logs])}",
         f"  config      {folder}/config.yaml; the same command resumes or, with a larger num_images, goes on",
         "try next",
-        f"  diffusion-trainer sample checkpoint={folder} n=64 sampler=ddim guidance.scale=2",
+        f"  diffusion-trainer sample checkpoint={folder} n=64 sampler=ddim{guided}",
         f"  diffusion-trainer evaluate checkpoint={folder} sampler.num_steps=50" if path.is_file() else "",
         "  diffusion-trainer train --help",
     ]

@@ -69,8 +69,9 @@ class Draw(Mode):
 
     def __call__(self, request: Request) -> Answer:
         batches = request.generator.batches(request.conditions, request.n, request.batch_size)
-        images = torch.cat([to_pixels(x_0).cpu() for x_0, _ in batches])
-        return Answer(images, None, f"{request.n} samples", _conditions(request))
+        x_0 = torch.cat([x_0.cpu() for x_0, _ in batches])
+        latents = {"latents": x_0.float()} if request.data.latents else {}  # for the autoencoder's decoder
+        return Answer(to_pixels(x_0), None, f"{request.n} samples", _conditions(request) | latents)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from diffusion_trainer.conditioning.base import Conditioning
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.real import images_of
 from diffusion_trainer.process.analytic import TINY, Statistics
 from diffusion_trainer.process.decoders import DiscretizedGaussian
 from diffusion_trainer.process.denoiser import Denoiser
 from diffusion_trainer.process.levels import Level, levels
 from diffusion_trainer.process.schedules import Schedule
+from diffusion_trainer.process.variances import clipped_visibly
 from diffusion_trainer.sampling.noise import SampleNoise
 from diffusion_trainer.sampling.solvers import Noise
 from diffusion_trainer.streaming.data import ShardData
@@ -64,6 +66,12 @@ class PosteriorVarianceMeasurement:
         for x_0, x_0_hats in estimated():
             error += squared_errors(x_0, x_0_hats).cpu()
         error = sum(agreement.gather(error)) / self.num_samples
+        if not error.isfinite().all():
+            at_levels = int((~error.isfinite()).flatten(1).any(1).sum())
+            raise UserError(
+                f"the network returns inf or NaN at {at_levels} of {self.num_levels} noise levels, so that its errors "
+                "have no mean; precision=fp32 tells an overflow from weights that are broken"
+            )
         variance = error.flatten(1).mean(1).clamp(min=TINY)
         if data.batch([0])["image"].is_floating_point():
             return Statistics(grid, error, about, costs_of_real_numbers(variance))
@@ -103,7 +111,7 @@ def estimates(
     """x_0_hat of each level, (B, C, H, W), made when it is asked for and clipped; a noise of its own for each."""
     for level in at:
         x_0_hat = denoiser(level.alpha * x_0 + level.sigma * noise(), level, condition).x_0_hat
-        yield x_0_hat if x_0_bound is None else x_0_hat.clamp(-x_0_bound, x_0_bound)
+        yield x_0_hat if x_0_bound is None else clipped_visibly(x_0_hat, x_0_bound)
 
 
 def squared_errors(x_0: Tensor, x_0_hats: Iterable[Tensor]) -> Tensor:

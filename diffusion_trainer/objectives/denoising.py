@@ -40,7 +40,7 @@ class Denoising(Objective):
     """w(t) |x_0_hat - x_0|^2 per dimension (Ho et al. 2020, eq. 12 and 14, in one space of weights).
 
     A learned schedule is trained to lower the variance of the loss, its mean being the same for any of them (Kingma et
-    al. 2021, appendix I.2); so it goes only with weightings of which that is true.
+    al. 2021, appendix I.2); so it goes only with weightings and timesteps of which that is true.
     """
 
     schedule: Schedule
@@ -54,6 +54,12 @@ class Denoising(Objective):
             raise ValueError(
                 f"a learned schedule would only make {type(self.weighting).__name__}'s loss small; it goes with "
                 "weightings whose loss does not depend on the schedule: weighting=elbo_continuous or sigmoid"
+            )
+        if self.schedule.learned and not self.timesteps.unbiased:
+            raise ValueError(
+                f"a learned schedule would move noise levels to where {type(self.timesteps).__name__} seldom draws; it "
+                "goes with timesteps that are uniform, or corrected to that: timesteps=stratified, uniform, "
+                "loss_second_moment, or logit_normal with timesteps.corrected=true"
             )
 
     @property

@@ -65,11 +65,14 @@ def read(path: str) -> Statistics:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
             decoding = file.get_tensor("decoding") if "decoding" in file.keys() else None  # noqa: SIM118
-            return Statistics(file.get_tensor("log_snr"), file.get_tensor("error"), about, decoding)
+            found = Statistics(file.get_tensor("log_snr"), file.get_tensor("error"), about, decoding)
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"statistics={path} cannot be read ({error}); `diffusion-trainer variance checkpoint=...` writes them"
         ) from error
+    if not all(part.isfinite().all() for part in (found.log_snr, found.error, found.decoding) if part is not None):
+        raise ValueError(f"statistics={path} has numbers that are not finite; measure it again, from a network that is")
+    return found
 
 
 def required(statistics: str | None, who: str) -> Statistics:

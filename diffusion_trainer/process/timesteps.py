@@ -24,6 +24,11 @@ class Timesteps(ABC):
         """t in schedule.t_range."""
 
     @property
+    def unbiased(self) -> bool:
+        """Whether the mean of importance times loss is the loss's at uniform t."""
+        return True
+
+    @property
     def observes(self) -> bool:
         """Whether it adapts to the losses that `observe` shows it."""
         return False
@@ -101,6 +106,10 @@ class LogitNormal(Timesteps):
             importance = self.std * t * (1 - t) * (last - first) / (high - low) * (2 * pi) ** 0.5 * (n**2 / 2).exp()
         return t.clamp(low, high).float(), importance.float()
 
+    @property
+    def unbiased(self) -> bool:
+        return self.corrected
+
     def _cdf(self, t: float) -> float:
         return NormalDist(self.mean, self.std).cdf(log(t / (1 - t)) if t < 1 else inf)
 
@@ -118,6 +127,10 @@ class LogNormalSigma(Timesteps):
     def __post_init__(self):
         if not self.std > 0:
             raise ValueError(f"std must be positive, not {self.std}")
+
+    @property
+    def unbiased(self) -> bool:
+        return False
 
     @torch.no_grad()  # a learned schedule is not trained through its times
     def __call__(self, schedule: Schedule, draws: Draws) -> tuple[Tensor, Tensor]:

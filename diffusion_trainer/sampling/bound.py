@@ -89,7 +89,7 @@ class VariationalBound(Likelihood):
         estimate = denoiser(torch.add(t.alpha * x_0, noise(), alpha=t.sigma), t, condition)
         if self.x_0_bound is None:
             return estimate
-        return estimate.clipped(self.x_0_bound)
+        return estimate.clipped_visibly(self.x_0_bound)
 
 
 def _kl(step: ReverseStep, error: Tensor, variance: Tensor) -> Tensor:

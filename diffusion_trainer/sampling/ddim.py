@@ -55,4 +55,4 @@ class DDIM(Solver):
         variance = plan.step.variance(plan.variance(estimate))
         if isinstance(variance, Tensor):
             return mean + variance.to(x.dtype).sqrt() * noise(), state
-        return (mean.add_(noise(), alpha=variance**0.5) if variance > 0 else mean), state
+        return (mean.add_(noise(), alpha=variance**0.5) if variance != 0 else mean), state

@@ -77,7 +77,8 @@ class Sampler:
         Starts from sigma(t_max) x_T: what is left of the data at t_max, alpha(t_max) E[x_0], is taken for nothing.
 
         on_step(i, x, x_0_hat) is called after each step with the tensors as they are. UserError if the network's
-        estimates are not finite, or too coarse for the solver.
+        estimates are too coarse for the solver, or not finite: NaN anywhere, infinite ones, which may be clipped on the
+        way, in the last step.
         """
         at, plan = self.plan(schedule, variance, x_T)
         seen: list[Estimate | None] = [None]
@@ -87,7 +88,7 @@ class Sampler:
             x, state = self.solver.step(denoise, x, step, state, noise)
             if on_step is not None:
                 on_step(i, x, seen[0].x_0_hat)
-        x_0 = denoise(x, at[-1]).x_0_hat
+        x_0 = denoise(x, at[-1], last=True).x_0_hat
         if on_step is not None:
             on_step(self.num_steps - 1, x_0, x_0)
         return _finite(x_0, f"{_name(self.solver)} on {_name(schedule)}")
@@ -126,10 +127,10 @@ class Sampler:
         self.solver.check(denoiser.precision)  # known only then where another model guides
         bound = self.x_0_bound
 
-        def denoise(x: Tensor, level: Level) -> Estimate:
+        def denoise(x: Tensor, level: Level, last: bool = False) -> Estimate:
             estimate = denoiser(x, level, condition)
             if bound is not None:
-                estimate = estimate.clipped(bound)
+                estimate = estimate.clipped_visibly(bound) if last else estimate.clipped(bound)
             seen[0] = estimate
             return estimate
 

@@ -32,6 +32,11 @@ class Data(ABC):
         return tuple(image.present(torch.empty(1, *image.stored, device="meta")).shape[1:])
 
     @property
+    def latents(self) -> bool:
+        """Whether its images are an autoencoder's real numbers, of any size, and not pixels in [-1, 1]."""
+        return "float" in str(self.entries["image"].dtype)
+
+    @property
     def image_shapes(self) -> list[tuple[int, ...]]:
         """Of all the batches that may come."""
         return [self.image_shape]

@@ -122,6 +122,17 @@ def test_a_missing_value_is_asked_for(refused):
     assert "data.shards is missing: say data.shards=..." in refused("train")
 
 
+@pytest.mark.parametrize(
+    ("without", "say"),
+    [
+        ("condition_dropout=0", "with condition_dropout=0 the model is never trained without its condition"),
+        ("conditioning=none", "the model has no condition, so nothing to guide it to"),
+    ],
+)
+def test_guidance_away_from_what_is_never_trained_is_refused(refused, without, say):
+    assert say in refused(*DIGITS, without, "guidance.scale=2")
+
+
 def test_more_processes_than_the_strategy_has_are_refused(refused, monkeypatch):
     """As torchrun or srun would start them: two models of one process each, in one folder, otherwise."""
     for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():

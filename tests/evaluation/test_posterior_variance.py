@@ -256,6 +256,14 @@ def test_without_labels_it_measures_too_and_a_wrong_label_is_refused(data):
         measure(data, conditioning=ClassLabel(5, 4))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bound", [1.0, None])
+def test_a_network_whose_estimates_are_not_finite_is_not_measured(data, bad, bound):
+    broken = lambda x, level, condition: Estimate(torch.where(x > 2, bad, x))  # noqa: E731
+    with pytest.raises(UserError, match=r"returns inf or NaN at [1-4] of 4 noise levels"):
+        measure(data, denoiser=broken, bound=bound)
+
+
 @pytest.mark.parametrize("settings", [{"num_samples": 1}, {"num_levels": 1}, {"batch_size": 0}])
 def test_what_makes_no_sense_is_refused(settings):
     with pytest.raises(ValueError, match="at least 2"):

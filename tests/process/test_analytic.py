@@ -203,6 +203,9 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
         save_file(tensors, path, metadata)
         with pytest.raises(ValueError, match="cannot be read"):
             read(str(path))
+    save_file(values | {"error": values["error"] / 0}, path, {"about": "{}"})
+    with pytest.raises(ValueError, match=r"statistics\.safetensors has numbers that are not finite"):
+        read(str(path))
     save_file(values, path, {"about": '{"weights": "ema"}'})  # a file that was refused may be mended
     assert read(str(path)).about == {"weights": "ema"}
 

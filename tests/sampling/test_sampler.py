@@ -214,16 +214,17 @@ def test_no_steps_and_no_room_are_refused(wrong):
         Sampler(**({"solver": DDIM(), "grid": UniformTime(), "num_steps": 10} | wrong))
 
 
-def ending_on(x_0):
+def ending_on(x_0, x_0_bound=None):
     """Of a denoiser that says x_0, (3, 2)."""
-    sampler = Sampler(DDIM(), UniformTime(), 4, x_0_bound=None)
+    sampler = Sampler(DDIM(), UniformTime(), 4, x_0_bound=x_0_bound)
     return sampler(Says(lambda x_t: x_0), LINEAR, FixedSmall(), Noise(3)().to(x_0.dtype), None, None)
 
 
+@pytest.mark.parametrize("x_0_bound", [None, 1.0])
 @pytest.mark.parametrize("bad", [[nan, 0], [inf, 0], [-inf, 0], [inf, -inf]], ids=str)
-def test_a_network_that_returns_nan_or_inf_is_said_to(bad):
+def test_a_network_that_returns_nan_or_inf_is_said_to(bad, x_0_bound):
     with pytest.raises(UserError, match=r"1 of 3 samples are not finite \(DDIM on LinearBeta\)"):
-        ending_on(torch.tensor([[1.0, 2.0], bad, [3.0, 4.0]]))
+        ending_on(torch.tensor([[1.0, 2.0], bad, [3.0, 4.0]]), x_0_bound)
 
 
 def test_numbers_are_not_refused_because_their_sum_overflows():
