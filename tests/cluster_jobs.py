@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ def ended(cluster, checkout: Path, job: str, seconds: float = 300) -> tuple[dict
 def over(cluster, job: str, log: Callable[[], str], seconds: float = 300) -> tuple[dict[str, str], str]:
     """`ended`, of a job with another log."""
     until(lambda: cluster.job(job)["JobState"] in OVER, log, seconds)
-    until(lambda: not left_of(cluster, job), lambda: f"left of job {job}: {left_of(cluster, job)}\n{log()}", 60)
+    until(lambda: not left_of(cluster, job), lambda: f"left of job {job}:\n{shown(left_of(cluster, job))}\n{log()}", 60)
     state = cluster.job(job)
     assert not open_ports(job, int(state["Restarts"]) + 1), log()
     return state, log()
@@ -190,6 +191,14 @@ def left_of(cluster, job: str, *more: str, node: str | None = None) -> list[int]
         except GONE:
             continue
     return found
+
+
+def shown(pids: Sequence[int]) -> str:
+    """What these processes are, as ps says, a line each."""
+    columns = "pid,ppid,sid,stat,lstart,args"
+    return subprocess.run(
+        ["ps", "-ww", "-o", columns, "-p", ",".join(map(str, pids))], capture_output=True, text=True
+    ).stdout
 
 
 def open_ports(job: str, starts: int) -> list[int]:
