@@ -130,8 +130,8 @@ def check_guidance(config: Mapping[str, Any], image_shape: tuple[int, int, int])
         raise UserError("guidance: a list of parts is empty; put guidances into it, or use guidance=none")
     if intervals := [part for part in inside if isinstance(part, Interval)]:
         _check_intervals(intervals, levels_of(build(config["sampler"], "sampler", allowed), schedule))
-    _check_null_class(config, [part for part in inside if isinstance(part, ClassifierFree)], conditioning.stand_in(2))
     level, condition = schedule.level_at(sum(schedule.t_range) / 2), conditioning.stand_in(2)
+    _check_null_class(config, [part for part in inside if isinstance(part, ClassifierFree)], condition)
     try:
         for part in inside:
             if isinstance(part, AutoGuidance) and part.scale != 1:

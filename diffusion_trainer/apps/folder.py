@@ -35,6 +35,7 @@ ORDER = "order"  # of the samples: the fingerprint of the data
 CHANGES = "config_changes.txt"  # of a run's folder: when, from which checkpoint on, and what
 SWEEP = "sweep.json"  # of a folder that holds the runs of a sweep (apps/sweep_record.py)
 LOGS = "logs"
+LOCK = ".lock"  # folder_lock.py
 JOB = "job.sbatch"  # the script that apps/submit.py last submitted
 MAY_CHANGE_INSIDE = (
     "network.checkpoint_blocks",
@@ -59,7 +60,7 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder} is the folder of a sweep, with its runs in it; choose another name=... or folder=..., or go "
                 "on with the sweep: the same command with -m"
             )
-        strangers = [name for name in sorted(os.listdir(folder)) if name not in (".lock", LOGS, JOB)]
+        strangers = [name for name in sorted(os.listdir(folder)) if name not in (LOCK, LOGS, JOB)]
         if strangers:
             raise UserError(
                 f"{folder} is not empty and holds no run ({strangers[0]}, ...); choose another name=... or folder=..."

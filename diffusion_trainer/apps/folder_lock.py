@@ -1,4 +1,7 @@
-"""Who may use a run's folder: one start at a time, held by a lock that ends with its processes."""
+"""Who may use a run's folder: one start at a time, held by a lock that ends with its processes.
+
+In the lock stands the start of a job that had it last.
+"""
 
 import fcntl
 import os
@@ -8,12 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from diffusion_trainer.apps.folder import LOGS
+from diffusion_trainer.apps.folder import LOCK, LOGS
 from diffusion_trainer.callbacks.job_starts import JobStart, remove_old_stop_files
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.evaluation.writing import FULL, spared
 
-LOCK = ".lock"  # of a run's folder; in it, the start of a job that had it last
 LOST_SECONDS = 600  # that a start of a job, whose node SLURM has lost, may take to save and stop
 
 

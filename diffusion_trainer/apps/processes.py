@@ -107,6 +107,20 @@ def _before_exec() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)
 
 
+def _environment(count: int, attempt: int) -> dict[str, str]:
+    """What the ranks of one world on this machine have in common."""
+    threads = max(1, cores() // count)
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "NODE_RANK": "0",
+        attempts.NUMBER: str(attempt),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+
+
 def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[int] = ()) -> int:
     """Runs `count` processes `python <arguments>` as ranks of one world; returns the exit code of the run.
 
@@ -118,16 +132,7 @@ def spawn(arguments: Sequence[str], count: int, logs: Path, inherited: Sequence[
     """
     post_mortem.put_away(logs)
     attempt = attempts.begin(logs)
-    threads = max(1, cores() // count)
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "NODE_RANK": "0",
-        attempts.NUMBER: str(attempt),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-    }
+    shared = _environment(count, attempt)
     ranks: list[subprocess.Popen] = []
     received: list[int] = []
 

@@ -17,7 +17,7 @@ from diffusion_trainer.training.sharding import Replicated
 
 MEMORY, TRAFFIC = 0.05, 0.03  # how far off the formulas at most
 # Bytes that malloc has handed out and no tensor has: objects of Python, Lightning and DeepSpeed. Seen:
-# 4 to 5 MB, 8 to 9.5 for stage 3. A hidden copy of the fp32 weights would be 7.4 more.
+# 3.8 to 5.0 MB, 9.4 for stage 3. A hidden copy of the fp32 weights would be 7.4 more.
 HIDDEN = 12e6
 
 

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import torch
+from PIL import Image as Pillow
 
 from diffusion_trainer.streaming.fields import Field, SampleDraws
 
@@ -39,3 +40,9 @@ def decoded(field: Field, data: bytes, shape: tuple[int, ...] | None = None):
         assert row == 1
         raise damage
     return field.present(torch.from_numpy(batch))[1]
+
+
+def encoded(picture: Pillow.Image, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
