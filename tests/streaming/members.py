@@ -1,4 +1,4 @@
-"""Members of shards that are arrays, as bytes, and what a field decodes of them."""
+"""Members of shards that are arrays or pictures, as bytes, and what a field decodes of them."""
 
 import io
 
