@@ -174,11 +174,15 @@ def test_without_labels_without_evaluation(cli, workplace):
     """Unconditional, ELBO-weighted, linear schedule, ancestral sampling: every other joint of the house."""
     code, output = cli(
         *[o for o in RUN if not o.startswith("evaluation.")], "evaluation=none", "conditioning=none",
-        "data.fields.label=null", "objective=elbo", "schedule=linear", "sampler=ancestral", "sampler.num_steps=5",
-        "strategy=single", "timesteps=uniform", "ema=constant", "optimizer=adamw", "num_images=64",
+        "guidance=none", "data.fields.label=null", "objective=elbo", "schedule=linear", "sampler=ancestral",
+        "sampler.num_steps=5", "strategy=single", "timesteps=uniform", "ema=constant", "optimizer=adamw",
+        "num_images=64",
     )  # fmt: skip
     assert code == 0, output
-    code, output = cli("sample", "checkpoint=runs/digits", "n=5", "guidance.scale=3", "weights=raw")
+    code, output = cli("sample", "checkpoint=runs/digits", "n=5", "guidance=classifier_free", "guidance.scale=3")
+    assert code == 2
+    assert "nothing to guide it to: use guidance=none" in output
+    code, output = cli("sample", "checkpoint=runs/digits", "n=5", "weights=raw")
     assert code == 0, output
     assert "label" not in np.load(workplace / "runs" / "digits" / "drawn" / "label-all-seed-0.npz")
 
