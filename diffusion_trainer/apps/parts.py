@@ -1,5 +1,6 @@
 """The objects that a checked configuration describes, and the checks that need more than one of them."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +13,11 @@ from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.objectives.base import Objective
-from diffusion_trainer.objectives.hybrid import Hybrid
 from diffusion_trainer.sampling.likelihood import Likelihood
 from diffusion_trainer.sampling.solvers import Solver
 from diffusion_trainer.training.model import Model, missing_for_compile
+
+MOST_SIGNAL = -4.0  # log-SNR of a noisy end that passes for noise: alpha is 0.13; Stable Diffusion's is -5.4
 
 
 class ResumeConfig(Schema):
@@ -113,13 +115,22 @@ def generator_of(
 
 
 def check_sampling(config: Mapping[str, Any], accelerator: str = "cpu") -> None:
-    """UserError if sampler, schedule, prediction, variance and precision do not go together."""
+    """UserError if sampler, schedule, prediction, variance and precision do not go together; a warning where drawing
+    would begin at a level that is not noise.
+    """
     allowed = config["allowed_targets"]
     objective, sampler, variance = (build(config[g], g, allowed) for g in ("objective", "sampler", "variance"))
     try:
-        sampler.plan(objective.schedule.frozen(), variance)
+        levels, _ = sampler.plan(objective.schedule.frozen(), variance)
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
+    if levels[0].log_snr > MOST_SIGNAL:
+        print(
+            f"warning: sampler: drawing begins at t={levels[0].t:.4g} with pure noise, but the model knows x_t there "
+            f"with alpha={levels[0].alpha:.2g} of the data (log-SNR {levels[0].log_snr:.2f}): pictures will be off in "
+            f"brightness and contrast. Choose a schedule or a grid whose noisy end has a log-SNR below {MOST_SIGNAL:g}",
+            file=sys.stderr,
+        )
     check_precision(config, accelerator, "sampler.solver", sampler.solver)
     check_variance(config)
 
@@ -135,8 +146,7 @@ def check_latents(config: Mapping[str, Any]) -> None:
             f"sampler.x_0_bound={bound} would clip estimates to [-{bound}, {bound}], as of pixels, but the data are "
             "latents, which go beyond: say sampler.x_0_bound=null"
         )
-    objective = build(config["objective"], "objective", allowed)
-    if isinstance(objective, Hybrid):
+    if build(config["objective"], "objective", allowed).of_pixels:
         raise UserError("objective=hybrid has the likelihood of 8-bit pixels, but the data are latents: choose another")
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ class LossTerms(NamedTuple):
 class Objective(ABC):
     """What is minimized: the terms of each sample's loss."""
 
+    of_pixels: ClassVar[bool] = False  # whether the loss has the likelihood of 8-bit images
     schedule: Schedule
     prediction: Prediction
 

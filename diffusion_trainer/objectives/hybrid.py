@@ -1,6 +1,7 @@
 """The hybrid objective: the mean by the denoising loss, the variance by the bound (Nichol and Dhariwal 2021)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Hybrid(AroundDenoising):
     below one and a half steps. The paper's lambda of 0.001 counts bits.
     """
 
+    of_pixels: ClassVar[bool] = True
     denoising: Denoising
     vlb_weight: float = 0.001
     num_timesteps: int = 1000
