@@ -30,6 +30,7 @@ from diffusion_trainer.callbacks.scaling import Scaling
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import needed
 from diffusion_trainer.streaming.loader import Layout
+from diffusion_trainer.streaming.looking_ahead import LookingAhead
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule, Progress
@@ -74,7 +75,8 @@ def _train(config: Mapping[str, Any], folder: Path, world: World, start: Start) 
 
     def loader() -> Any:
         first, last = ((n + begin.left_out) // progress.batch_size for n in (begin.started_at, progress.num_images))
-        return data.loader(layout, progress.seed, progress.lanes, first, last)
+        loader = data.loader(layout, progress.seed, progress.lanes, first, last)
+        return LookingAhead(loader, layout.micro_batches)
 
     trainer.fit(module, datamodule=_Data(loader))
     for callback in callbacks:

@@ -6,6 +6,7 @@ from types import FrameType
 from diffusion_trainer.callbacks.job_starts import remove_stop_files
 from diffusion_trainer.callbacks.run import DISK, SAVE, RunCallback, crossed
 from diffusion_trainer.conventions import PassingError
+from diffusion_trainer.streaming.looking_ahead import ERROR_AHEAD
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.saving import NotRemoved, Saver
 
@@ -21,7 +22,8 @@ def signals_to_stop() -> list[signal.Signals]:
 
 class Checkpointing(RunCallback):
     """A checkpoint every `every_n_images`, at the end, and when SIGINT, SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP reaches any
-    rank, or somebody makes the file <folder>/stop (which is removed then).
+    rank, or somebody makes the file <folder>/stop (which is removed then); and one of the last step before an error of
+    the data (a store that does not answer, a worker that was killed), in which one rank then ends alone.
 
     The handler only sets a flag. After each step the ranks agree on it; then all save and stop. A second SIGINT stops
     at once. SIGHUP that was ignored (nohup) stays so. A checkpoint is copied between two steps and written while
@@ -41,7 +43,7 @@ class Checkpointing(RunCallback):
         run.save_seconds = run.state.get(SAVE_SECONDS)
         self._saving_at: int | None = None  # what is being written now
         self._told = ""  # the last alert: that of the same save, tried again, is none
-        self._reserved = self._interrupted = self._over = False
+        self._reserved = self._interrupted = self._over = self._error_ahead = False
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
         self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep, reach=run.reach_images)
         run.save, run.settle = self.save, self.settle
@@ -55,17 +57,23 @@ class Checkpointing(RunCallback):
         if not self._over:  # else all is saved, and only the loggers have something to write
             self.run.stop_signal = number
 
-    def ask(self) -> tuple[float, float]:
-        return float(self.run.told_to_stop()), float(self._saver.failed)
+    def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
+        self._error_ahead = ERROR_AHEAD in batch  # before any callback wants its answer
+
+    def ask(self) -> tuple[float, float, float]:
+        return float(self.run.told_to_stop()), float(self._saver.failed), float(self._error_ahead)
 
     def after_step(self, previous: int) -> None:
         run = self.run
-        stop, failed = (share > 0 for share in run.answer(self))  # whether any rank says so
+        stop, failed, error_ahead = (share > 0 for share in run.answer(self))  # whether any rank says so
         done = run.images_seen >= run.module.progress.num_images
         if failed:
             self.settle()
         if stop:
             run.stop()
+        elif error_ahead:
+            run.say(f"  the data go no further than {run.images_seen:,} images: saving these")
+            run.save()
         elif done or crossed(previous, run.images_seen, self.every_n_images):
             self._begin()
         elif not self._reserved:

@@ -55,13 +55,18 @@ class CountDamage(RunCallback):
         self.run.state[KEY] = {"counts": self._before + self._counts, "new": new, "unlisted": unlisted}
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
-        if "error" in batch:  # this rank alone ends here: the others cannot be asked, and may not have come so far
-            found = [*self._new, *self._at(batch.get("damage", ()))]
-            with self.run.going_on(LIST):  # the error of the data is what is to be told
-                self._write([*self._unlisted, *found])
-            if found:
-                self._tell(found)
-                self._log()
+        if "error" not in batch:
+            return
+        # This rank alone ends here: the others cannot be asked, and may not have come so far.
+        damage = batch.get("damage", ())
+        if not damage and self.run.saved_at == self.run.images_seen:
+            return  # whoever goes on from that checkpoint tells what it has
+        found = [*self._new, *self._at(damage)]
+        with self.run.going_on(LIST):  # the error of the data is what is to be told
+            self._write([*self._unlisted, *found])
+        if found:
+            self._tell(found)
+            self._log()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
         self._new += self._at(batch["damage"])

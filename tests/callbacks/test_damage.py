@@ -37,7 +37,7 @@ def begun(folder: Path, first: bool = True, state: dict | None = None) -> CountD
 
     made.run = SimpleNamespace(
         folder=folder, images_seen=32, state=state or {}, first=first, log=made.logged.append, say=made.said.append,
-        going_on=going_on,
+        going_on=going_on, saved_at=0,
     )  # fmt: skip
     made.start()
     return made
@@ -176,6 +176,13 @@ def test_callbacks_see_what_stops_the_run_before_it_ends(tmp_path, monkeypatch):
     with pytest.raises(PassingError, match="the store does not answer"):
         rank.work(config, tmp_path / "run", World(0, 1, 1, False))
     assert seen == [bad]
+
+
+def test_what_a_checkpoint_keeps_is_told_by_who_goes_on_from_it(callback, tmp_path):
+    callback._new, callback.run.saved_at = [(32, FOUND[0])], 32
+    callback.on_train_batch_start(None, None, {"error": "the store does not answer", "damage": []}, 0)
+    assert not list(tmp_path.iterdir())
+    assert not callback.logged
 
 
 def test_a_good_batch_and_an_error_without_damage_write_nothing(callback, tmp_path):
