@@ -8,6 +8,7 @@ loggers. One process is measured here, several are started as `train` starts the
 images/s            of the global batch: median over the steps, quartiles and range
 ms a step           from the end of one to the end of the next; on GPUs between CUDA events, so that no step is awaited
 waiting for data    time in next() of rank 0's loader; on a GPU it costs nothing while the device has work in its queue
+averages            time of rank 0 in the update of the EMA, of all its tracks; on GPUs the device's
 MFU                 3 x the FLOPs (not multiply-adds) of a forward pass, per second, over the rate of square matrix
                     products in the run's precision: the best of half a second on each rank just before the first step,
                     all ranks at the same time, summed. On CPUs: of each process with its own threads, the others
@@ -26,10 +27,12 @@ from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +44,7 @@ from diffusion_trainer.apps.start import accept_interrupt
 from diffusion_trainer.apps.train import check_data, sizes
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.loader import Layout
+from diffusion_trainer.training import ema
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule
 
@@ -66,12 +70,26 @@ class TimedLoader:
             yield batch
 
 
+class TimedUpdate:
+    """The update of the averages, with marks before and after each call."""
+
+    def __init__(self, update: Callable[..., None]):
+        self.update = update
+        self.marks: list[tuple] = []
+
+    def __call__(self, averages: list[Tensor], weights: list[Tensor], share: Any) -> None:
+        before = mark(averages[0].device)
+        self.update(averages, weights, share)
+        self.marks.append((before, mark(averages[0].device)))
+
+
 class Stopwatch(Callback):
     """Marks the end of every step without waiting for the device."""
 
-    def __init__(self, loader: TimedLoader, dtype: torch.dtype):
-        self.loader, self.dtype = loader, dtype
+    def __init__(self, loader: TimedLoader, update: TimedUpdate, dtype: torch.dtype):
+        self.loader, self.update, self.dtype = loader, update, dtype
         self.marks: list = []
+        self.updates: list[int] = []  # of the averages, until the end of each step
         self.waits: list[float] = []  # seconds waited for data until the end of each step
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
@@ -85,6 +103,7 @@ class Stopwatch(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, outputs, batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.marks.append(mark(module.device))
+            self.updates.append(len(self.update.marks))
             self.waits.append(self.loader.waited)
 
     def on_train_end(self, trainer: Trainer, module: DiffusionModule) -> None:
@@ -154,17 +173,19 @@ def measure(config: Mapping[str, Any], world: processes.World, steps: int, warmu
     loader = TimedLoader(data.loader(layout, progress.seed, progress.lanes, 0, warmup + steps))
     with tempfile.TemporaryDirectory() as folder:
         module = rank.module_of(config, progress, settings.device())
-        watch = Stopwatch(loader, module.model.dtype)
+        watch = Stopwatch(loader, TimedUpdate(ema._approach), module.model.dtype)
         trainer = settings.build(
             strategy, world.nodes, world.local_size, world.environment(), warmup + steps, [watch], [], Path(folder)
         )
-        trainer.fit(module, loader)
+        with mock.patch.object(ema, "_approach", watch.update):
+            trainer.fit(module, loader)
     return report(config, watch, str(trainer.strategy.root_device), world.size, warmup)
 
 
 def report(config: Mapping[str, Any], watch: Stopwatch, device: str, ranks: int, warmup: int) -> dict[str, Any]:
     """All that is known, in base units."""
     seconds = seconds_between(watch.marks[warmup - 1 :])
+    averaging = [seconds_between(pair)[0] for pair in watch.update.marks[watch.updates[warmup - 1] :]]
     origin, forward = rank.provenance(config, device), forward_flops(config)
     achieved = TRAINING * forward * config["batch_size"] / float(np.median(seconds))
     sheet = next((rate for name, rate in DATASHEET.items() if name in origin["device"]), None)
@@ -172,6 +193,7 @@ def report(config: Mapping[str, Any], watch: Stopwatch, device: str, ranks: int,
         "images_per_second": spread([config["batch_size"] / s for s in seconds]),
         "seconds_per_step": spread(seconds),
         "data_wait_share": (watch.waits[-1] - watch.waits[warmup - 1]) / sum(seconds),
+        "ema_share": sum(averaging) / sum(seconds),
         "forward_flops_per_image": forward,
         "achieved_flops_per_second": achieved,
         "measured_peak_flops_per_second": watch.peak,
@@ -209,6 +231,7 @@ def table(r: Mapping[str, Any]) -> str:
         f"  ms a step       {step['median']:10,.2f}  quartiles {step['lower_quartile']:,.2f} to "
         f"{step['upper_quartile']:,.2f}, all {step['min']:,.2f} to {step['max']:,.2f}",
         f"  waiting for data{r['data_wait_share']:10.1%}  of the time",
+        f"  averages        {r['ema_share']:10.1%}  of the time",
         f"  MFU             {r['measured_mfu']:10.1%}  of {peak:,.3g} TFLOP/s, what {r['precision']} matrix products "
         f"reach here on {r['processes']} x {r['threads']} processes x threads at once",
         *([] if sheet is None else [f"                  {sheet:10.1%}  of the datasheet's dense bf16 peak"]),

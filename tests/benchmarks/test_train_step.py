@@ -93,6 +93,7 @@ def check_report(report: dict, config: dict, steps: int) -> None:
         assert values["median"] <= values["upper_quartile"] <= values["max"]
     assert rate["max"] == pytest.approx(config["batch_size"] / seconds["min"])
     assert 0 < report["data_wait_share"] < 1
+    assert 0 < report["ema_share"] < 1
     assert report["achieved_flops_per_second"] == pytest.approx(
         3 * report["forward_flops_per_image"] * config["batch_size"] / seconds["median"]
     )
