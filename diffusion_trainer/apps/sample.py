@@ -23,6 +23,7 @@ from diffusion_trainer.evaluation import pictures
 from diffusion_trainer.evaluation.modes import Answer, Mode, Request
 from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.process.variances import FixedSmall
+from diffusion_trainer.sampling.guidance import NoGuidance
 
 
 class SampleConfig(FinishedConfig):
@@ -36,15 +37,26 @@ class SampleConfig(FinishedConfig):
 def _load(overrides: Sequence[str]) -> dict:
     config = finished.load("sample", overrides, SampleConfig)
     mode = build(config["mode"], "mode", config["allowed_targets"])
-    if not mode.deterministic:
-        return config
-    given = within(overrides, "variance")
-    if given and build(config["variance"], "variance", config["allowed_targets"]) != FixedSmall():
-        raise UserError(
-            f"{' '.join(given)}: {mode} is a deterministic map between noise and images, which has no reverse "
-            "variance; leave it out"
-        )
-    return finished.load("sample", overrides if given else [*overrides, "variance=beta_tilde"], SampleConfig)
+    aside = []
+    if mode.deterministic:
+        why = "is a deterministic map between noise and images, which has no reverse variance"
+        aside += _left_aside(config, overrides, mode, "variance", FixedSmall(), "beta_tilde", why)
+    if not mode.guided:
+        why = "is the map of the model itself, in which guidance takes no part"
+        aside += _left_aside(config, overrides, mode, "guidance", NoGuidance(), "none", why)
+    return finished.load("sample", [*overrides, *aside], SampleConfig) if aside else config
+
+
+def _left_aside(
+    config: Mapping[str, Any], overrides: Sequence[str], mode: Mode, group: str, nothing: Any, name: str, why: str
+) -> list[str]:
+    """The override that leaves the run's own choice of a group aside; UserError for one that is asked for."""
+    given = within(overrides, group)
+    if not given:
+        return [f"{group}={name}"]
+    if build(config[group], group, config["allowed_targets"]) != nothing:
+        raise UserError(f"{' '.join(given)}: {mode} {why}; leave it out")
+    return []
 
 
 def show(overrides: Sequence[str]) -> str:

@@ -78,6 +78,27 @@ def test_drawing_keeps_the_runs_own():
     assert config["variance"]["_target_"].endswith("NoiseVariance")
 
 
+@pytest.mark.parametrize("mode", ["reconstruct mode.steps=[3]", "invert"])
+def test_the_map_of_the_model_itself_leaves_the_runs_own_guidance_aside(tmp_path, mode):
+    assert "ClassifierFree" in Path("runs/npr/config.yaml").read_text()
+    out = tmp_path / "out"
+    assert console.run(["sample", "checkpoint=runs/npr", "n=2", f"out='{out}'", *f"mode={mode}".split()]) == 0
+    assert drawn(out)["guidance"] == {"_target_": "diffusion_trainer.sampling.guidance.NoGuidance"}
+
+
+@pytest.mark.parametrize("mode", ["reconstruct", "invert"])
+@pytest.mark.parametrize("guidance", ["guidance=classifier_free", "guidance.scale=2.0"])
+def test_the_map_of_the_model_itself_refuses_guidance_that_is_asked_for(mode, guidance):
+    message = refused("sample", "checkpoint=runs/npr", f"mode={mode}", guidance)
+    assert f"{guidance}: mode={mode} is the map of the model itself, in which guidance takes no part" in message
+    assert "leave it out" in message
+
+
+def test_a_guided_interpolation_keeps_the_runs_guidance():
+    config = yaml.safe_load(sample.show(["checkpoint=runs/npr", "mode=interpolate", "guidance.scale=2.0"]))
+    assert config["guidance"]["scale"] == 2.0
+
+
 # ---- labels and batches ----------------------------------------------------------------------------------------------
 
 
