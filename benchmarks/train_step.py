@@ -44,6 +44,7 @@ from diffusion_trainer.apps.start import accept_interrupt
 from diffusion_trainer.apps.train import check_data, sizes
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.loader import Layout
+from diffusion_trainer.streaming.looking_ahead import LookingAhead
 from diffusion_trainer.training import ema
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule
@@ -170,7 +171,8 @@ def measure(config: Mapping[str, Any], world: processes.World, steps: int, warmu
     settings, strategy = (build(config[name], name, allowed) for name in ("trainer", "strategy"))
     layout = Layout(progress.batch_size, world.size, world.rank, settings.accumulate_grad_batches)
     data = build(config["data"], "data", allowed)
-    loader = TimedLoader(data.loader(layout, progress.seed, progress.lanes, 0, warmup + steps))
+    loader = data.loader(layout, progress.seed, progress.lanes, 0, warmup + steps)
+    loader = TimedLoader(LookingAhead(loader, layout.micro_batches))
     with tempfile.TemporaryDirectory() as folder:
         module = rank.module_of(config, progress, settings.device())
         watch = Stopwatch(loader, TimedUpdate(ema._approach), module.model.dtype)

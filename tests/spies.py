@@ -176,7 +176,8 @@ class Ledger(RunCallback):
     turn = BEFORE_SAVE
 
     def start(self) -> None:
-        self.data = build(configuration.read(self.run.folder / "config.yaml")["data"], "data")
+        config = configuration.read(self.run.folder / "config.yaml")
+        self.data = build(config["data"], "data", config["allowed_targets"])
         self.file = (self.run.folder / f"ledger-{self.run.agreement.rank}.jsonl").open("a", buffering=1)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:

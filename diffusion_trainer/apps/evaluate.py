@@ -10,6 +10,7 @@ from diffusion_trainer.apps.config import dump
 from diffusion_trainer.apps.finished import FROM_THE_RUN, Finished, FinishedConfig, check_drawing, written
 from diffusion_trainer.apps.initial import run_of
 from diffusion_trainer.apps.nodes import build
+from diffusion_trainer.apps.parts import warn_of_signal
 from diffusion_trainer.callbacks.evaluating import describe
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
@@ -35,6 +36,7 @@ def check(overrides: Sequence[str]) -> dict:
         raise UserError("this run has no evaluation; choose one: evaluation=digits")
     evaluation, data = (build(config[g], g, config["allowed_targets"]) for g in ("evaluation", "data"))
     check_drawing(config)
+    warn_of_signal(config)
     check_guidance(config, data.image_shape)
     check_evaluation(config, data, evaluation)
     finished.check(config)

@@ -115,24 +115,29 @@ def generator_of(
 
 
 def check_sampling(config: Mapping[str, Any], accelerator: str = "cpu") -> None:
-    """UserError if sampler, schedule, prediction, variance and precision do not go together; a warning where drawing
-    would begin at a level that is not noise.
-    """
+    """UserError if sampler, schedule, prediction, variance and precision do not go together."""
     allowed = config["allowed_targets"]
     objective, sampler, variance = (build(config[g], g, allowed) for g in ("objective", "sampler", "variance"))
     try:
-        levels, _ = sampler.plan(objective.schedule.frozen(), variance)
+        sampler.plan(objective.schedule.frozen(), variance)
     except ValueError as error:
         raise UserError(f"sampler: {error}") from error
-    if levels[0].log_snr > MOST_SIGNAL:
-        print(
-            f"warning: sampler: drawing begins at t={levels[0].t:.4g} with pure noise, but the model knows x_t there "
-            f"with alpha={levels[0].alpha:.2g} of the data (log-SNR {levels[0].log_snr:.2f}): pictures will be off in "
-            f"brightness and contrast. Choose a schedule or a grid whose noisy end has a log-SNR below {MOST_SIGNAL:g}",
-            file=sys.stderr,
-        )
     check_precision(config, accelerator, "sampler.solver", sampler.solver)
     check_variance(config)
+
+
+def warn_of_signal(config: Mapping[str, Any]) -> None:
+    """Of a schedule and grid that go together: a line where drawing would begin at a level that is not noise."""
+    sampler, objective = (build(config[group], group, config["allowed_targets"]) for group in ("sampler", "objective"))
+    schedule = objective.schedule.frozen()
+    level = schedule.level_at(float(sampler.grid(schedule, sampler.num_steps)[0]))
+    if level.log_snr > MOST_SIGNAL:
+        print(
+            f"warning: sampler: drawing begins at t={level.t:.4g} with pure noise, but the model knows x_t there with "
+            f"alpha={level.alpha:.2g} of the data (log-SNR {level.log_snr:.2f}): pictures will be off in brightness "
+            f"and contrast. Choose a schedule or a grid whose noisy end has a log-SNR below {MOST_SIGNAL:g}",
+            file=sys.stderr,
+        )
 
 
 def check_latents(config: Mapping[str, Any]) -> None:

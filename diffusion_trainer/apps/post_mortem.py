@@ -52,7 +52,8 @@ def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
         what = "".join(format_exception_only(error)).strip()
         stack = [] if isinstance(error, PassingError) else format_tb(error.__traceback__)
         try:
-            write_failure(files, state_of(files) or unknown(rank, world), what, stack)
+            if not files.failed.exists():  # a hang's words: this is but the end of the workers that it kills
+                write_failure(files, state_of(files) or unknown(rank, world), what, stack)
         except OSError as unwritten:
             error.add_note(f"{files.failed} could not be written: {unwritten}")
         raise
@@ -119,7 +120,9 @@ def culprit(logs: Path, codes: Mapping[int, int], world: int) -> Blame | None:
         return None
     if rank in ended:
         return Blame(rank, ending(ended[rank]))
-    return Blame(rank, "failed" if rank in ranks else "was not heard of (stopped, or lost)")
+    if rank not in ranks:
+        return Blame(rank, "was not heard of (stopped, or lost)")
+    return Blame(rank, "hung" if HANG in RankFiles(logs, rank).failed.read_text() else "failed")
 
 
 def _failures(logs: Path) -> list[RankFiles]:

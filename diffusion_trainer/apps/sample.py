@@ -16,7 +16,7 @@ from diffusion_trainer.apps.config import dump, within
 from diffusion_trainer.apps.finished import Finished, FinishedConfig, check_drawing, written
 from diffusion_trainer.apps.initial import run_of
 from diffusion_trainer.apps.nodes import build
-from diffusion_trainer.apps.parts import Parts
+from diffusion_trainer.apps.parts import Parts, warn_of_signal
 from diffusion_trainer.conditioning.base import Conditioning
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation import pictures
@@ -72,6 +72,7 @@ def check(overrides: Sequence[str]) -> dict:
     check_drawing(config)
     mode.check(sampler)
     if mode.guided:
+        warn_of_signal(config)
         check_guidance(config, data.image_shape)
     conditions_of(config, Parts.of(config, device="meta").conditioning)
     finished.check(config)

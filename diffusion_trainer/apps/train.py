@@ -28,6 +28,7 @@ from diffusion_trainer.apps.parts import (
     check_network,
     check_sampling,
     parameter_shapes,
+    warn_of_signal,
 )
 from diffusion_trainer.apps.processes import World
 from diffusion_trainer.callbacks.attempts import printing
@@ -136,6 +137,7 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
         )
     check_heartbeat(config, world)
     check_sampling(config, config["trainer"]["accelerator"])
+    warn_of_signal(config)
     check_latents(config)
     folders.check(folder, config)
     data = build(config["data"], "data", allowed)

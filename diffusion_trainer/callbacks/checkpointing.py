@@ -5,7 +5,7 @@ from types import FrameType
 
 from diffusion_trainer.callbacks.job_starts import remove_stop_files
 from diffusion_trainer.callbacks.run import DISK, SAVE, RunCallback, crossed
-from diffusion_trainer.conventions import PassingError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.looking_ahead import ERROR_AHEAD
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.saving import NotRemoved, Saver
@@ -22,8 +22,8 @@ def signals_to_stop() -> list[signal.Signals]:
 
 class Checkpointing(RunCallback):
     """A checkpoint every `every_n_images`, at the end, and when SIGINT, SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP reaches any
-    rank, or somebody makes the file <folder>/stop (which is removed then); and one of the last step before an error of
-    the data (a store that does not answer, a worker that was killed), in which one rank then ends alone.
+    rank, or somebody makes the file <folder>/stop (which is removed then). And at the last step before an error of the
+    data (a store that does not answer, a worker that was killed) on any rank, with which all end then.
 
     The handler only sets a flag. After each step the ranks agree on it; then all save and stop. A second SIGINT stops
     at once. SIGHUP that was ignored (nohup) stays so. A checkpoint is copied between two steps and written while
@@ -43,7 +43,8 @@ class Checkpointing(RunCallback):
         run.save_seconds = run.state.get(SAVE_SECONDS)
         self._saving_at: int | None = None  # what is being written now
         self._told = ""  # the last alert: that of the same save, tried again, is none
-        self._reserved = self._interrupted = self._over = self._error_ahead = False
+        self._reserved = self._interrupted = self._over = False
+        self._error_ahead: dict | None = None
         agreement = Agreement(SAVE_TIMEOUT_SECONDS)
         self._saver = Saver(run.folder / "checkpoints", run.sharding, agreement, self.keep, reach=run.reach_images)
         run.save, run.settle = self.save, self.settle
@@ -58,10 +59,10 @@ class Checkpointing(RunCallback):
             self.run.stop_signal = number
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
-        self._error_ahead = ERROR_AHEAD in batch  # before any callback wants its answer
+        self._error_ahead = batch.get(ERROR_AHEAD)  # before any callback wants its answer
 
     def ask(self) -> tuple[float, float, float]:
-        return float(self.run.told_to_stop()), float(self._saver.failed), float(self._error_ahead)
+        return float(self.run.told_to_stop()), float(self._saver.failed), float(self._error_ahead is not None)
 
     def after_step(self, previous: int) -> None:
         run = self.run
@@ -72,12 +73,22 @@ class Checkpointing(RunCallback):
         if stop:
             run.stop()
         elif error_ahead:
-            run.say(f"  the data go no further than {run.images_seen:,} images: saving these")
-            run.save()
+            self._stop_before_error()
         elif done or crossed(previous, run.images_seen, self.every_n_images):
             self._begin()
         elif not self._reserved:
             self._reserve()
+
+    def _stop_before_error(self) -> None:
+        """The error is raised once all callbacks have had their turn; on ranks that have none, whose it is."""
+        run = self.run
+        run.say(f"  the data go no further than {run.images_seen:,} images: saving these")
+        run.save()
+        errors = run.agreement.gather(self._error_ahead and (self._error_ahead["error"], self._error_ahead["passing"]))
+        rank, (message, _) = next((rank, error) for rank, error in enumerate(errors) if error)
+        what = self._error_ahead["error"] if self._error_ahead else f"rank {rank} ends with its data: {message}"
+        kind = PassingError if all(error[1] for error in errors if error) else UserError
+        run.failure, run.stopping, run.trainer.should_stop = kind(what), True, True
 
     def _reserve(self) -> None:
         self.settle()
@@ -136,11 +147,12 @@ class Checkpointing(RunCallback):
         self._over = True
         run.agree_on_stop()  # a signal may have come to one rank since the last step
         if run.saved_at != run.images_seen and run.stop_signal is None and not run.rolled_back:
-            run.failure = PassingError(
+            unsaved = (
                 f"the last checkpoint, of {run.images_seen:,} images, could not be written (see above). Make room, and "
                 f"run the same command again: it goes on from {run.saved_at:,}, the one before"
             )
-        if run.first and run.stop_signal is None and not run.rolled_back:
+            run.failure = type(run.failure)(f"{run.failure}\n{unsaved}") if run.failure else PassingError(unsaved)
+        if run.first and run.stop_signal is None and not run.rolled_back and not run.failure:
             remove_stop_files(run.folder)  # made too late to be seen, and the run is done
 
     def close(self) -> None:

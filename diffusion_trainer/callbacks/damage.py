@@ -11,6 +11,7 @@ from diffusion_trainer.callbacks.run import BEFORE_SAVE, RunCallback, crossed
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.streaming.damage import Found
+from diffusion_trainer.streaming.looking_ahead import ERROR_AHEAD
 
 LIST = "damage.csv"
 AT_LEAST = 10_000  # samples that a share is taken of
@@ -45,6 +46,7 @@ class CountDamage(RunCallback):
             [(at, Found(*found)) for at, found in kept[name]] if run.first else [] for name in ("new", "unlisted")
         )
         self._listed: set[tuple[str, ...]] | None = None if run.first else set()
+        self._error: dict | None = None  # of this rank's data, in the next step
         if run.first:
             with run.going_on(LIST):
                 self._listed = self._forget_after(self._began)
@@ -55,22 +57,22 @@ class CountDamage(RunCallback):
         self.run.state[KEY] = {"counts": self._before + self._counts, "new": new, "unlisted": unlisted}
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
-        if "error" not in batch:
-            return
-        # This rank alone ends here: the others cannot be asked, and may not have come so far.
-        damage = batch.get("damage", ())
-        if not damage and self.run.saved_at == self.run.images_seen:
-            return  # whoever goes on from that checkpoint tells what it has
-        found = [*self._new, *self._at(damage)]
-        with self.run.going_on(LIST):  # the error of the data is what is to be told
-            self._write([*self._unlisted, *found])
-        if found:
-            self._tell(found)
-            self._log()
+        self._error = batch if "error" in batch else batch.get(ERROR_AHEAD)
+        if "error" in batch:  # in the first step: this rank alone ends here, and the others cannot be asked
+            found = [*self._new, *self._in_error()]
+            with self.run.going_on(LIST):  # the error of the data is what is to be told
+                self._write([*self._unlisted, *found])
+            if found:
+                self._tell(found)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx: int) -> None:
         self._new += self._at(batch["damage"])
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def _in_error(self) -> list[tuple[int, Found]]:
+        """Of a step that is not taken: whoever goes on forgets it (`_forget_after`), and finds it again, or not."""
+        damage = self._error.get("damage", ()) if self._error else ()
+        return [(self.run.images_seen + self.run.module.progress.batch_size, f) for f in damage]
 
     def _at(self, found: Sequence[Found]) -> list[tuple[int, Found]]:
         return [(self.run.images_seen, f) for f in found]
@@ -89,7 +91,9 @@ class CountDamage(RunCallback):
 
     def on_train_end(self, trainer, module) -> None:
         too_many, _ = self._weigh()  # a stop came between two marks, and has saved: what it found is logged at the next
-        if too_many:
+        if self.run.failure:
+            self._list([f for share in self.run.agreement.gather(self._in_error()) for f in share])
+        elif too_many:
             raise UserError(self._verdict())
 
     def _weigh(self) -> tuple[bool, bool]:
@@ -98,6 +102,10 @@ class CountDamage(RunCallback):
         """
         found = [f for share in self.run.agreement.gather(self._new) for f in share]
         self._new = []
+        self._list(found)
+        return bool(found) and sum(self._counts.values()) > self.budget * self._seen, bool(found)
+
+    def _list(self, found: Sequence[tuple[int, Found]]) -> None:
         if found:
             self._tell(found)
         if self.run.first:
@@ -105,7 +113,6 @@ class CountDamage(RunCallback):
             with self.run.going_on(LIST):
                 self._write(self._unlisted)
                 self._unlisted = []
-        return bool(found) and sum(self._counts.values()) > self.budget * self._seen, bool(found)
 
     def _tell(self, found: Sequence[tuple[int, Found]]) -> None:
         self._counts.update(f.kind for _, f in found)

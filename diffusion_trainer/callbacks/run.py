@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from diffusion_trainer.callbacks.job_starts import remove_stop_files, stop_files
-from diffusion_trainer.conventions import PassingError
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.evaluation.evaluation import Prepared
 from diffusion_trainer.evaluation.generate import Generator
 from diffusion_trainer.training.agreement import Agreement
@@ -42,7 +42,7 @@ class Run:
     settle: Callable[[], None] = lambda: None  # waits until what was to be saved is on the disk
     stopping: bool = False  # whether the training ends after this step
     beat: Callable[..., None] = lambda doing, allowed_seconds=0.0: None  # a sign of life (see Heartbeat)
-    failure: PassingError | None = None  # why it has not come to its end, raised once all callbacks have had their turn
+    failure: UserError | None = None  # why it has not come to its end, raised once all callbacks have had their turn
     rolled_back: bool = False  # it does because the run goes back to an earlier checkpoint
     aside_seconds: float = 0.0  # spent on evaluation and checkpoints, not on training
     save_seconds: float | None = None  # that writing the last checkpoint took

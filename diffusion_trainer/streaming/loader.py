@@ -17,7 +17,7 @@ from diffusion_trainer.streaming.fields import Decoder
 from diffusion_trainer.streaming.ring import Entry, Ring, slot_bytes
 from diffusion_trainer.streaming.workers import DeadWorker, pieces
 
-LENDABLE = 2  # batches of a worker: one in the step, one that has been fetched for the next
+LENDABLE = 2  # batches of a worker: one in the step, one that has been fetched for the next; others are copied
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ ERROR_AHEAD = "error_ahead"
 
 @dataclass(frozen=True)
 class LookingAhead:
-    """The loader's batches, each handed out once the `ahead` next are there: those before an error have ERROR_AHEAD,
-    its message. So the last step that can be taken is known as such, if a step has `ahead` of them.
+    """The loader's batches, each handed out once the `ahead` next are there: those before an error have it as
+    ERROR_AHEAD. So the last step that can be taken is known as such, if a step has `ahead` of them.
     """
 
     loader: Loader
@@ -27,7 +27,7 @@ class LookingAhead:
         for batch in self.loader:
             if "error" in batch:
                 for one in waiting:
-                    one[ERROR_AHEAD] = batch["error"]
+                    one[ERROR_AHEAD] = batch
             waiting.append(batch)
             if len(waiting) > self.ahead:
                 yield waiting.popleft()

@@ -4,7 +4,7 @@ import pytest
 from options import names
 
 from diffusion_trainer.apps.config import load
-from diffusion_trainer.apps.parts import TrainConfig, check_sampling
+from diffusion_trainer.apps.parts import TrainConfig, check_sampling, warn_of_signal
 
 LATE = [
     "sampler.grid._target_=diffusion_trainer.sampling.grids.SubSequence",
@@ -15,7 +15,9 @@ LATE = [
 
 
 def said(capsys, *overrides: str) -> str:
-    check_sampling(load("train", ["experiment=digits", *overrides], TrainConfig))
+    config = load("train", ["experiment=digits", *overrides], TrainConfig)
+    check_sampling(config)
+    warn_of_signal(config)
     return capsys.readouterr().err
 
 

@@ -64,6 +64,25 @@ def test_a_store_that_goes_down_stops_the_run_which_then_goes_on_with_the_very_n
     assert seen == Counter(enumerate(order(run, digits)))  # no sample is read twice
 
 
+@pytest.mark.parametrize(("passing", "code"), [("yes", 1), ("", 2)])
+def test_all_ranks_save_and_end_in_order_where_one_has_an_error_ahead(workplace, monkeypatch, passing, code):
+    """With two micro-batches a step: item 11 is in the midst of the sixth."""
+    run = workplace / "runs" / "digits"
+    mine = ["allowed_targets=[spies,ill_data]", "data._target_=ill_data.IllData", "trainer.accumulate_grad_batches=2"]
+    monkeypatch.setenv("ILL", f"1,11,{passing}")
+    train = ["train", "experiment=digits", *SMALL, *RUN[RUN.index(STORE) + 1 :], "strategy=zero2", *mine]
+    seen, output = finish(command(*train, cwd=workplace))
+    assert seen == code, output
+    assert "Traceback" not in output
+    assert "error: rank 1 ends with its data: the data of this rank are ill" in output
+    assert "error: the data of this rank are ill" in (run / "logs" / "attempt-1" / "rank-1.log").read_text()
+    assert Checkpoint(latest(run / "checkpoints")).images_seen == 80
+    monkeypatch.delenv("ILL")
+    seen, output = finish(command(*train, cwd=workplace))
+    assert seen == 0, output
+    assert sorted(Counter(number for number, _ in lines(run)).items()) == [(number, 1) for number in range(IMAGES)]
+
+
 def test_a_run_without_index_stops_likewise(digits, workplace, monkeypatch):
     """data=webdataset, two ranks with a worker each."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

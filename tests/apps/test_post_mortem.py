@@ -60,6 +60,8 @@ CASES = {  # what ranks said, in that order (rank, words, doing); exit codes; wh
     "a rank without data: the others wait for it": (
         [(0, HUNG_WORDS, "x"), (2, HUNG_WORDS, "waiting for data"), (1, HUNG_WORDS, "x")], {0: HUNG, 2: HUNG, 1: HUNG},
         Blame(2, "hung")),
+    "a rank without data that is slower to end than its peers": (
+        [(0, HUNG_WORDS, "x"), (1, HUNG_WORDS, "waiting for data"), (2, HUNG_WORDS, "x")], {0: HUNG}, Blame(1, "hung")),
     "a hang of all": ([(r, HUNG_WORDS, "x") for r in (2, 0, 1)], dict.fromkeys(range(3), HUNG), Blame(2, "hung")),
     "under SLURM, a killed rank": (
         [(0, LOST, "x"), (2, LOST, "x")], {}, Blame(1, "was not heard of (stopped, or lost)")),
@@ -75,6 +77,16 @@ def test_the_cause_is_blamed(logs, case):
     for at, (rank, what, doing) in enumerate(words):
         speak(logs, rank, what, at * 10**9, doing)
     assert culprit(logs, codes, world=3) == expected
+
+
+def test_the_end_of_workers_that_a_hung_rank_kills_does_not_take_its_words_away(logs):
+    def hang() -> None:
+        speak(logs, 1, HUNG_WORDS, 0)
+        raise PassingError("a worker was killed")
+
+    with pytest.raises(PassingError), recorded(logs, 1, 2):
+        hang()
+    assert HUNG_WORDS in RankFiles(logs, 1).failed.read_text()
 
 
 @pytest.mark.parametrize("words", LOST_BY_NCCL)

@@ -12,7 +12,7 @@ ERROR = {"error": "the store does not answer", "passing": True, "damage": []}
 def test_so_many_before_an_error_know_of_it_and_none_is_lost(ahead, good):
     batches = [{"first": i} for i in range(good)]
     found = list(LookingAhead([*batches, ERROR], ahead))
-    known = [{"first": i, **({ERROR_AHEAD: ERROR["error"]} if i >= good - ahead else {})} for i in range(good)]
+    known = [{"first": i, **({ERROR_AHEAD: ERROR} if i >= good - ahead else {})} for i in range(good)]
     assert found == [*known, ERROR]
     assert list(LookingAhead([{"first": i} for i in range(good)], ahead)) == [{"first": i} for i in range(good)]
 
