@@ -11,7 +11,7 @@ PART_0 := tests/apps/test_killed_runs.py tests/apps/test_ledger.py tests/trainin
   tests/training/test_two_heads.py
 PART_1 := tests/apps/test_cut_network.py tests/apps/test_interrupted_runs.py tests/apps/test_sweep_runs.py \
   tests/training/test_one_trajectory.py
-PART_2 := tests/training/test_strategies.py
+PART_2 := tests/apps/test_damaged_checkpoint_runs.py tests/apps/test_wandb_sync.py tests/training/test_strategies.py
 PART_3 := tests/apps/test_hangs.py tests/training/test_elastic_matrix.py tests/training/test_guarded_runs.py \
   tests/training/test_step_options.py
 MATRICES := $(PAIRS) $(PART_0) $(PART_1) $(PART_2) $(PART_3)
@@ -37,7 +37,7 @@ quickstart: $(READY)  ## train, sample and score a diffusion model of handwritte
 	@$(BIN)/python data/digits.py --out shards/digits
 	@$(BIN)/diffusion-trainer train experiment=digits
 
-check: $(READY) lint  ## the fast tests (3 minutes on 2 cores)
+check: $(READY) lint  ## the fast tests (2 minutes on 2 cores)
 	@$(PYTEST) -n logical -m "not slow and not gpu"
 
 test: $(READY) lint  ## what to run before pushing: the fast tests, and most that train (20 minutes on 2 cores)

@@ -6,6 +6,8 @@ import time
 import pytest
 from launching import ASKED, cluster, requeued, start, with_line  # noqa: F401 (fixtures)
 
+pytestmark = pytest.mark.slow
+
 
 def test_arguments_and_exit_code_pass_through(start, tmp_path):
     arguments = ["experiment=digits", "data.shards=a b/*.tar", "network.channel_multipliers=[1,2]"]

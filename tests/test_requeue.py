@@ -7,6 +7,8 @@ import time
 import pytest
 from launching import ASKED, cluster, requeued, start, stops, with_line  # noqa: F401 (fixtures)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_what_is_done_and_what_is_a_mistake_is_not_started_again(start, requeued, tmp_path, code):

@@ -19,6 +19,8 @@ from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.process import analytic
 
+pytestmark = pytest.mark.slow
+
 SAMPLERS = built("sampler")
 COSINE = built("schedule")["cosine"]
 

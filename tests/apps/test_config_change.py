@@ -13,6 +13,8 @@ from diffusion_trainer.apps.config import load, read
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.conventions import UserError
 
+pytestmark = pytest.mark.slow
+
 RUN, ALLOWED = Path("runs/digits"), "resume.allow_config_change=true"
 
 

@@ -29,6 +29,8 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import MANIFEST, write_manifest
 
+pytestmark = pytest.mark.slow
+
 DIGITS = ["experiment=digits", *SMALL]
 ALONE = Process(0, "here")
 
@@ -247,7 +249,6 @@ def test_a_server_of_curves_that_does_not_answer(found, monkeypatch):
     assert "logger.wandb.mode=offline" in wrong[0]["remedy"]
 
 
-@pytest.mark.slow
 def test_the_server_is_the_one_of_wandb():
     """In a process of its own: wandb reads the variable once."""
     program = "from diffusion_trainer.callbacks.loggers import server; print(server())"
@@ -323,7 +324,6 @@ def test_processes_that_come_too_late_keep_the_run_from_no_node(monkeypatch, cap
     assert "warning: the doctor has not looked: 1 of 2 processes did not come" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_two_processes_look_at_each_other(workplace):
     process = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(

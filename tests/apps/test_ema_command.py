@@ -13,6 +13,8 @@ from diffusion_trainer.apps.processes import World
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
+pytestmark = pytest.mark.slow
+
 SNAPSHOTS = [
     "+callbacks.ema_snapshots._target_=diffusion_trainer.callbacks.ema_snapshots.EmaSnapshots",
     "+callbacks.ema_snapshots.every_n_images=128",

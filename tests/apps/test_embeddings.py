@@ -27,7 +27,7 @@ from diffusion_trainer.process.variances import Estimate, FixedSmall
 from diffusion_trainer.sampling.guidance import NoGuidance
 from diffusion_trainer.training.agreement import Agreement
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 CPU = torch.device("cpu")
 
 
@@ -52,7 +52,6 @@ def train(config, run):
 # ---- the whole way ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_trains_evaluates_and_draws_by_embeddings(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = config_of(

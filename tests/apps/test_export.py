@@ -24,6 +24,8 @@ from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest
 from diffusion_trainer.training.ema import KEY
 from diffusion_trainer.training.snapshots import Snapshot
 
+pytestmark = pytest.mark.slow
+
 DEFAULT = "runs/plain/exports/images-000000000032-{}.safetensors"
 
 

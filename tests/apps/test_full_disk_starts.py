@@ -13,7 +13,7 @@ from diffusion_trainer.apps import cli as console
 from diffusion_trainer.conventions import PassingError
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,6 @@ def test_another_configuration_is_refused_in_one_line_where_it_cannot_be_kept(ve
     assert {path.name for path in stopped.glob("*config*")} == {"config.yaml"}
 
 
-@pytest.mark.slow
 def test_ranks_start_where_no_file_can_be_made(shards, tmp_path):
     """Two processes that `train` has started: no folder for their logs, no file for the stacks of a hang."""
     with mounted(tmp_path / "small", 8192) as disk:

@@ -20,6 +20,8 @@ from diffusion_trainer.networks.unet import ResidualBlock
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest
 from diffusion_trainer.training.ema import KEY
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 
@@ -214,7 +216,6 @@ SLOW = [o for o in SMALL if not o.startswith("evaluation.")] + ["evaluation=none
 HEAD = ["train", "experiment=digits", *SLOW, "objective=npr", "name=head", "init_from=runs/source"]
 
 
-@pytest.mark.slow
 def test_a_second_stage_goes_on_bitwise_after_its_source_is_gone(trained, workplace):
     """Real runs: 48 images at once, and 32 and then 16 with the source deleted between; the heads are the same bits."""
     source, runs = trained / "runs" / "digits", workplace / "runs"
@@ -241,7 +242,6 @@ def test_a_second_stage_goes_on_bitwise_after_its_source_is_gone(trained, workpl
     assert code == 0, output
 
 
-@pytest.mark.slow
 def test_ranks_wait_for_the_one_that_writes_the_initial_weights(trained, workplace):
     """As srun or torchrun may start them: rank 1 has made its model before rank 0 is there."""
     shutil.copytree(trained / "runs" / "digits", workplace / "runs" / "source")

@@ -15,6 +15,8 @@ from diffusion_trainer.apps.parts import Parts
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.checkpoint_files import MANIFEST, read_back, sealed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from diffusion_trainer.apps.train import preflight
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.writer import write_shards
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("data", ["shards", "latents", "webdataset", "digits"])
 @pytest.mark.parametrize(

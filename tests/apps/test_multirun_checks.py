@@ -10,6 +10,8 @@ from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps.launchers import Local
 from diffusion_trainer.conventions import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):

@@ -12,6 +12,8 @@ from diffusion_trainer.apps.multirun import plan
 from diffusion_trainer.apps.places import label
 from diffusion_trainer.conventions import UserError
 
+pytestmark = pytest.mark.slow
+
 # ---- expansion -------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,8 @@ from diffusion_trainer.apps.searching import Random, Search, Tpe
 from diffusion_trainer.apps.sweep_report import table
 from diffusion_trainer.conventions import UserError, seed_of
 
+pytestmark = pytest.mark.slow
+
 SPACE = ["x=interval(-1,2)", "y=tag(log,interval(1e-4,1))", "n=int(interval(1,8))", "kind=a,b"]
 SEARCHES = {name: search for name, search in built("sweeper").items() if isinstance(search, Search)}
 

@@ -19,6 +19,8 @@ from diffusion_trainer.process.levels import levels
 from diffusion_trainer.sampling.guidance import AutoGuidance
 from diffusion_trainer.training.checkpoints import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 COSINE = built("schedule")["cosine"]
 
@@ -80,7 +82,6 @@ def test_weak_models_that_are_not_there_are_refused(here, shards):
         CheckpointModel("runs/a").denoiser(CPU)
 
 
-@pytest.mark.slow
 def test_autoguidance_by_the_model_itself_draws_what_it_draws_alone(trained, workplace):
     shutil.copytree(trained / "runs", workplace / "runs")
     common = ["sample", "checkpoint=runs/digits", "n=4", "sampler.num_steps=3"]

@@ -20,7 +20,7 @@ from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.training import saving
 from diffusion_trainer.training.checkpoints import latest
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 FILE = "rank-00000.safetensors"
 
 

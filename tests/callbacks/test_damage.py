@@ -20,6 +20,8 @@ from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import Found
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
+pytestmark = pytest.mark.slow
+
 FOUND = [Found("checksum", "x.tar", i, "its bytes are not those that were indexed") for i in range(3)]
 
 
@@ -140,7 +142,6 @@ def run(tmp_path):
     return go
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_too_much_damage_stops_a_run_at_the_next_mark_and_mended_it_goes_on(tmp_path, run):
     """Not at its end: the mark is at 10,000 of 11,000 images. One in a hundred is broken, one in a thousand allowed."""

@@ -12,7 +12,7 @@ from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import Found
 from diffusion_trainer.streaming.data import ShardData
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SAVED = "callbacks.checkpoint.every_n_images=1000"  # only at the end, or before an error
 DOWN = {"error": "the store does not answer", "passing": True, "damage": []}
 HOPELESS = {

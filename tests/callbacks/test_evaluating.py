@@ -23,7 +23,7 @@ from diffusion_trainer.training import saving
 from diffusion_trainer.training.checkpoint_files import sealed
 from diffusion_trainer.training.checkpoints import WEIGHT, Checkpoint, latest
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 class Calls(dict):

@@ -24,7 +24,7 @@ from diffusion_trainer.streaming.damage import Found
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 IMAGES = 224  # seven steps of 32
 CLOCKED = ("train/images_per_second", "train/save_seconds")
 

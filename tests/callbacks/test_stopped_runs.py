@@ -13,7 +13,7 @@ from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS, Checkpointin
 from diffusion_trainer.callbacks.last_words import RankFiles
 from diffusion_trainer.callbacks.run import FIRST, Run, RunCallback
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

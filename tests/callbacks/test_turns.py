@@ -19,6 +19,8 @@ from diffusion_trainer.callbacks.csv_logger import read_rows
 from diffusion_trainer.callbacks.run import SAVE, RunCallback, in_turn
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
+pytestmark = pytest.mark.slow
+
 CLOCKED = ("train/images_per_second", "train/save_seconds")
 
 

@@ -29,6 +29,8 @@ from diffusion_trainer.streaming.writer import write_shards
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 from diffusion_trainer.training.module import DiffusionModule
 
+pytestmark = pytest.mark.slow
+
 TALL, WIDE = (64, 32), (32, 64)
 COUNT, BATCH, PERIOD = 60, 8, 6
 ORDER = (3, 4)  # seed, lanes

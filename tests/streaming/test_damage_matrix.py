@@ -20,6 +20,8 @@ from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.streaming.order import Mix, Order
 from diffusion_trainer.streaming.stores import LocalStore
 
+pytestmark = pytest.mark.slow
+
 SHARDS, SAMPLES, SIZE = 5, 12, 2048  # bytes of a sample: two members of a header and a block
 BATCH, STEPS = 12, range(0, 10)  # two epochs
 ORDER = {"seed": 5, "lanes": 4}

@@ -16,6 +16,8 @@ from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.streaming.pipeline import WebDatasetPipeline
 from diffusion_trainer.streaming.writer import write_shard
 
+pytestmark = pytest.mark.slow
+
 SIZES = (1, 3, 17, 9)  # samples of the shards
 TOTAL = sum(SIZES)
 BLOCKS = 6  # of 512 bytes that a sample has: three members and their headers

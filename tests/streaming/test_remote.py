@@ -13,6 +13,8 @@ from diffusion_trainer.streaming.damage import Found
 from diffusion_trainer.streaming.index import INDEX
 from diffusion_trainer.streaming.retries import AGAIN
 
+pytestmark = pytest.mark.slow
+
 
 @MODES
 @pytest.mark.parametrize("scheme", ["http", "file", "memory"])

@@ -22,6 +22,8 @@ from diffusion_trainer.streaming.fields import Field
 from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.streaming.ring import Entry, Ring
 
+pytestmark = pytest.mark.slow
+
 DTYPES = st.sampled_from([np.dtype(t) for t in ("u1", "<f2", "<f4", "<i8")])
 ENTRIES = st.lists(st.builds(Entry, st.lists(st.integers(1, 5), max_size=3).map(tuple), DTYPES), max_size=4)
 
@@ -198,7 +200,6 @@ def children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/{own}/task/{own}/children").read_text().split()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_is_an_error_and_no_hang_and_leaves_nobody_behind(folder, workers):
     before = children()
@@ -263,7 +264,6 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-@pytest.mark.slow
 def test_the_memory_of_a_worker_is_flat_over_a_million_samples(tmp_path):
     """And of the process that takes the batches: windows, shards and their tables all come and go many times."""
     write_set(tmp_path, [150] * 200)

@@ -24,6 +24,8 @@ from diffusion_trainer.streaming.retries import AGAIN, Retries
 from diffusion_trainer.streaming.streams import samples
 from diffusion_trainer.streaming.writer import write_shard
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 
 
