@@ -37,7 +37,7 @@ quickstart: $(READY)  ## train, sample and score a diffusion model of handwritte
 	@$(BIN)/python data/digits.py --out shards/digits
 	@$(BIN)/diffusion-trainer train experiment=digits
 
-check: $(READY) lint  ## the fast tests (2 minutes on 2 cores)
+check: $(READY) lint  ## the fast tests (some 2 minutes on 2 cores)
 	@$(PYTEST) -n logical -m "not slow and not gpu"
 
 test: $(READY) lint  ## what to run before pushing: the fast tests, and most that train (20 minutes on 2 cores)
