@@ -16,16 +16,23 @@ from diffusion_trainer.callbacks.run import FIRST, Run, RunCallback
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP as it is without nohup, under which a run leaves it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_waits_until_its_checkpoint_is_there(run, tmp_path, monkeypatch, number):
     monkeypatch.setattr(rank, "CountDamage", lambda *_: At64(lambda run: signal.raise_signal(number)))
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which a run leaves so
     handlers = [signal.getsignal(s) for s in STOP_SIGNALS]
     assert run(160, "callbacks.checkpoint.every_n_images=1000") == 128 + number
     assert names(tmp_path / "run") == [*named(64), "latest"]
     assert not [thread for thread in threading.enumerate() if thread.name in ("checkpoint", "watchdog")]
     assert [signal.getsignal(s) for s in STOP_SIGNALS] == handlers
-    signal.signal(signal.SIGHUP, before)
 
 
 class WhileLoggersWrite(RunCallback):
