@@ -35,7 +35,8 @@ FILE = "post-mortem.txt"  # in it
 RANKS = 16  # shown
 LINES = 20  # of a log
 LOST_PEER = (  # in the last words of a rank that is not to blame: gloo's, NCCL's and the watchdog's
-    "closed by peer", "reset by peer", "closed by remote peer", "remote process exit", "communicator was aborted", HANG,
+    "closed by peer", "reset by peer", "closed by remote peer", "remote process exit", "communicator was aborted",
+    "Timed out waiting", "collective operation timeout", HANG,
 )  # fmt: skip
 
 

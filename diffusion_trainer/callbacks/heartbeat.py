@@ -16,7 +16,8 @@ class Heartbeat(RunCallback):
     `hang_timeout_seconds` on a rank, it writes down what all its threads do and ends with exit code 76 (`Watchdog`).
 
     A rank that cannot (it is stopped, its node is gone) is noticed by the others, which wait for it. Until the first
-    step is over, `start_timeout_seconds` are allowed: compiling, reading the references of an evaluation.
+    step is over, `start_timeout_seconds` are allowed: compiling, reading the references of an evaluation. But not for
+    the first batch: workers that hang as they are forked are no reason for all ranks to wait so long.
     """
 
     turn = LAST  # so that "waiting for data" is not what another callback does
@@ -43,6 +44,7 @@ class Heartbeat(RunCallback):
 
     def start(self) -> None:
         self.run.beat = self._beat
+        self._watchdog.beat(STARVED, self.hang_timeout_seconds)
 
     def _beat(self, doing: str, allowed_seconds: float = 0.0) -> None:
         self._watchdog.beat(doing, max(allowed_seconds, self._allowed_seconds))

@@ -17,7 +17,9 @@ from diffusion_trainer.callbacks.watchdog import HUNG
 from diffusion_trainer.conventions import PassingError, UserError
 
 LOST = "RuntimeError: [enforce fail] Connection closed by peer [127.0.0.1]:1234"
-LOST_BY_NCCL = (
+LOST_BY_LIBRARIES = (
+    "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 600000ms for recv operation to complete",
+    "DistBackendError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran",
     "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
     "DistBackendError: NCCL failure: remote process exited or there was a network error",
     "DistBackendError: NCCL communicator was aborted on rank 0.",
@@ -89,8 +91,8 @@ def test_the_end_of_workers_that_a_hung_rank_kills_does_not_take_its_words_away(
     assert HUNG_WORDS in RankFiles(logs, 1).failed.read_text()
 
 
-@pytest.mark.parametrize("words", LOST_BY_NCCL)
-def test_a_rank_that_nccl_tells_of_its_lost_peer_is_not_to_blame(logs, words):
+@pytest.mark.parametrize("words", LOST_BY_LIBRARIES)
+def test_a_rank_that_its_library_tells_of_a_lost_peer_is_not_to_blame(logs, words):
     speak(logs, 0, words, 1)
     assert culprit(logs, {}, world=2) == Blame(1, "was not heard of (stopped, or lost)")
 

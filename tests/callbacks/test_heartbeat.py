@@ -213,13 +213,21 @@ def test_the_time_for_the_start_is_over_with_the_first_step(beats):
     assert told[1:] == [("waiting for data", 20), ("waiting for data", 10), ("a training step", 10)]
 
 
-def test_a_callback_may_ask_for_more_time_but_not_for_less(beats):
+def test_the_first_batch_is_waited_for_no_longer_than_any_other(beats):
     heartbeat, module, told = beats
-    heartbeat.on_train_batch_end(module, module, None, None, 1)
     heartbeat.run = type("Run", (), {})()
     heartbeat.start()
+    heartbeat.on_train_batch_start(module, module, None, 0)
+    assert told[1:] == [("waiting for data", 10), ("a training step", 20)]
+
+
+def test_a_callback_may_ask_for_more_time_but_not_for_less(beats):
+    heartbeat, module, told = beats
+    heartbeat.run = type("Run", (), {})()
+    heartbeat.start()
+    heartbeat.on_train_batch_end(module, module, None, None, 1)
     heartbeat.run.beat("the wait for a checkpoint", 3600)
     heartbeat.run.beat("what follows a step", 1)
-    assert told[2:] == [("the wait for a checkpoint", 3600), ("what follows a step", 10)]
+    assert told[3:] == [("the wait for a checkpoint", 3600), ("what follows a step", 10)]
     heartbeat.on_train_end(module, module)
     assert told[-1] == ("the end", 20)
