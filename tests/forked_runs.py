@@ -7,20 +7,47 @@ import multiprocessing
 import os
 import socket
 import sys
+from contextlib import chdir
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+from unittest.mock import patch
+
+from conftest import ROOT
+
+from diffusion_trainer.apps import initial, train
+from diffusion_trainer.apps.folder import write_config
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["forked_runs", "spies", "interrupts", "deepspeed", "diffusion_trainer.apps.rank"]
 )  # by PYTHONPATH
+ENVIRONMENT = {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline",
+}  # fmt: skip
 WAIT_SECONDS = 400
 
 
-def run_ranks(folder: Path, count: int, **env: str) -> list[int]:
-    """Each rank's exit code, of a run whose configuration is in the folder; minus the signal's number if one killed it.
+def train_here(where: Path, *overrides: str) -> Path:
+    """The run's folder, after `diffusion-trainer train <overrides>` in the folder `where`."""
+    with chdir(where):
+        config = train.check(overrides)
+        folder = Path(config["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, config)
+        initial.write(folder, config["init_from"])
+        codes = run_ranks(folder, train.processes_of(config, None)[0])
+    folder = where / folder
+    newest = max(folder.glob("logs/attempt-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=folder)
+    assert not any(codes), "\n".join([str(codes), *(log.read_text() for log in sorted(newest.glob("rank-*.log")))])
+    return folder
 
-    The first call in a session decides what all find in their environment, but for `env`.
+
+def run_ranks(folder: Path, count: int, **env: str) -> list[int]:
+    """Each rank's exit code, of a run whose configuration is in the folder; minus the signal's number if one killed
+    it.
     """
+    with patch.dict(os.environ, ENVIRONMENT):
+        ensure_running()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

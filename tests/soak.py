@@ -27,7 +27,7 @@ from undisturbed import check_one_curve
 
 from diffusion_trainer.training.checkpoints import Checkpoint, latest
 
-BATCH, STEPS_PER_FAULT = 16, 100
+BATCH, STEPS_PER_FAULT = 16, 50  # fifty faults took 864 steps
 FURTHER = 24  # steps, at most, that a run goes after it has come back before it is hit again
 PATIENCE_SECONDS = 600  # a lost node costs two starts, and a busy machine minutes for each
 START_SECONDS = 8  # that a start is given before it is killed: imports, the ranks' meeting, what it goes on from

@@ -1,9 +1,10 @@
-"""Runs of the console command that write down what they computed (spies.Spy)."""
+"""Runs that write down what they computed (spies.Spy)."""
 
 import shutil
 
 import torch
-from conftest import SMALL, command, finish
+from conftest import SMALL
+from forked_runs import train_here
 
 SPY = [
     "experiment=digits", "allowed_targets=[spies]", "+callbacks.spy._target_=spies.Spy", "callbacks.evaluate=null",
@@ -18,9 +19,12 @@ SPY = [
 
 def spied(folder, name, *overrides, started=0):
     """The report of a spied run in <folder>/runs/<name>."""
-    code, output = finish(command("train", *SPY, f"name={name}", *overrides, cwd=folder))
-    assert code == 0, output
-    return torch.load(folder / "runs" / name / f"spy-{started}.pt", weights_only=True)
+    return report_of(train_here(folder, *SPY, f"name={name}", *overrides), started)
+
+
+def report_of(run, started=0):
+    """What Spy has written in a run's folder."""
+    return torch.load(run / f"spy-{started}.pt", weights_only=True)
 
 
 def largest(a, b, what):

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import tiny
-from conftest import ROOT, SMALL
+from conftest import SMALL
 from forked_runs import run_ranks
 from ledgers import lines
 from undisturbed import check_same_end, numbers, table
@@ -49,9 +49,6 @@ RUN = [
 def start(folder, monkeypatch):
     """start(name, strategy, *interruption) -> the exit codes of its ranks."""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     if not (folder / "shards" / "tiny").exists():
         write_shards(tiny.samples(EPOCH), folder / "shards" / "tiny", "train", 30)
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import command, finish
-from spied_runs import SPY, largest, spied
+from spied_runs import SPY, largest, report_of, spied
 
 pytestmark = pytest.mark.slow
 
@@ -102,8 +102,10 @@ def test_a_loss_that_leaps_leads_back_to_before_the_leap_and_on_after_its_data(f
         "callbacks.guard.recent=3", "callbacks.guard.history=4", "callbacks.guard.spike=1000",
         "callbacks.checkpoint.keep=9", "+callbacks.ledger._target_=spies.Ledger", "num_images=160",
     ]  # fmt: skip
-    report = spied(folder, "leap", "strategy=zero2", *overrides, started=80)
+    code, output = finish(command("train", *SPY, "name=leap", "strategy=zero2", *overrides, cwd=folder))
+    assert code == 0, output
     run = folder / "runs" / "leap"
+    report = report_of(run, started=80)
     (entry,) = json.loads((run / "rollbacks.json").read_text())
     assert (entry["images_seen"], entry["left_out"]) == (80, 48)
     assert [n for n, _ in report["ledger"]] == list(range(128, 208))

@@ -3,10 +3,9 @@
 import csv
 
 import pytest
-import torch
-from conftest import command, finish
 from covering import covering_array
-from spied_runs import SPY, bitwise, forget_newest
+from forked_runs import train_here
+from spied_runs import SPY, bitwise, forget_newest, report_of
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +38,7 @@ RUN = [
 
 def trained(folder, name, *options, started=0):
     """What Spy wrote down."""
-    code, output = finish(command("train", *RUN, f"name={name}", *options, cwd=folder))
-    assert code == 0, output
-    return torch.load(folder / "runs" / name / f"spy-{started}.pt", weights_only=True)
+    return report_of(train_here(folder, *RUN, f"name={name}", *options), started)
 
 
 def scored(run):

@@ -2,8 +2,8 @@
 
 import pytest
 import spied_runs
-import torch
 from conftest import SMALL, command, finish
+from forked_runs import train_here
 
 from diffusion_trainer.training.strategies import Zero
 
@@ -19,9 +19,7 @@ slow = pytest.mark.slow
 
 def trained(folder, name, *overrides, started=0):
     """The report of a spied run of four steps in <folder>/runs/<name>."""
-    code, output = finish(command("train", *SPY, f"name={name}", *overrides, cwd=folder))
-    assert code == 0, output
-    return torch.load(folder / "runs" / name / f"spy-{started}.pt", weights_only=True)
+    return spied_runs.report_of(train_here(folder, *SPY, f"name={name}", *overrides), started)
 
 
 @pytest.fixture(scope="module")
