@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from conftest import SMALL, command, finish
-from ledgers import until
+from ledgers import lines, until
 from spied_runs import SPY, bitwise, spied
 
 from diffusion_trainer.apps import post_mortem
@@ -197,7 +197,7 @@ def test_a_stop_file_stops_once(run):
 def test_a_stack_is_had_for_the_asking_and_training_goes_on(run):
     process, folder = run
     rank_of(process, 1).send_signal(signal.SIGQUIT)
-    until(folder, 640, process)
+    until(folder, max(number for number, _ in lines(folder)) + 320, process)
     assert "Current thread" in (folder / "logs" / "stacks-rank-1.txt").read_text()
     state = json.loads((folder / "logs" / "state-rank-1.json").read_text())
     assert state["pid"] == rank_of(process, 1).pid
