@@ -16,6 +16,8 @@ from conftest import ROOT
 
 from diffusion_trainer.apps import initial, train
 from diffusion_trainer.apps.folder import write_config
+from diffusion_trainer.callbacks import attempts
+from diffusion_trainer.callbacks.last_words import attempt_folder
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -36,15 +38,16 @@ def train_here(where: Path, *overrides: str) -> Path:
         write_config(folder, config)
         initial.write(folder, config["init_from"])
         codes = run_ranks(folder, train.processes_of(config, None)[0])
-    folder = where / folder
-    newest = max(folder.glob("logs/attempt-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=folder)
-    assert not any(codes), "\n".join([str(codes), *(log.read_text() for log in sorted(newest.glob("rank-*.log")))])
-    return folder
+    logs = where / folder / "logs"
+    newest = attempt_folder(logs, max(attempts.numbers(logs), default=0))
+    said = [log.read_text() for log in sorted(newest.glob("rank-*.log"))]
+    assert set(codes) == {0}, "\n".join([str(codes), *said])  # None: it has not ended
+    return where / folder
 
 
 def run_ranks(folder: Path, count: int, **env: str) -> list[int]:
-    """Each rank's exit code, of a run whose configuration is in the folder; minus the signal's number if one killed
-    it.
+    """Each rank's exit code, of a run whose configuration is in the folder: minus the signal's number if one killed
+    it, None if it had to be killed here.
     """
     with patch.dict(os.environ, ENVIRONMENT):
         ensure_running()
