@@ -20,6 +20,7 @@ def stand_ins(folder: Path, tools: Path) -> dict[Path, str]:
 case "$1 $2" in
   "show node") echo "NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.7 State=ALLOCATED" ;;
   "show job")
+    if [ -e slow ] && [ -e sruns ]; then touch asked; sleep 2; fi
     restarts=$(cat restarts 2> /dev/null || echo ${{SLURM_RESTART_COUNT:-0}})
     echo "{job} Restarts=$restarts EndTime=$(cat end 2> /dev/null || echo Unknown) Power=" ;;
   *) echo "$@" >> requeued ;;
@@ -57,7 +58,7 @@ exit $(cat "code-$SLURM_PROCID" 2> /dev/null || cat code)""",
 def cluster(tmp_path):
     """A folder with a .venv that echoes its arguments, and srun and scontrol on the path. Files in it are for ranks
     that train: code-<rank>, or code for all, their exit codes; kill-<rank>: a signal to the shell that watches one;
-    doctor-code and doctor-kill: the same for the doctor's.
+    doctor-code and doctor-kill: the same for the doctor's; slow: scontrol is, after the ranks have ended.
     """
     tools = tmp_path / "tools"
     tools.mkdir()

@@ -1,8 +1,10 @@
 """A callback that writes down what a run computed: for tests, named in a configuration through allowed_targets."""
 
+import ctypes
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from diffusion_trainer.apps import config as configuration
 from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.callbacks.loggers import LoggerChoice
-from diffusion_trainer.callbacks.run import BEFORE_SAVE, RunCallback
+from diffusion_trainer.callbacks.run import BEFORE_SAVE, LAST, RunCallback
 from diffusion_trainer.callbacks.run_logger import RunLogger
 from diffusion_trainer.training.checkpoints import WEIGHT
 from diffusion_trainer.training.ema import KEY
@@ -197,6 +199,28 @@ class Trap(RunCallback):
     def after_step(self, previous: int) -> None:
         if self.run.images_seen == self.at and self.run.agreement.rank == self.rank:
             raise RuntimeError(f"the trap at {self.at}")
+
+
+class Stuck(RunCallback):
+    """Before the first batch the last rank sleeps; the others hang in their first step, where Python runs no more. In
+    the first start of a job.
+    """
+
+    turn = LAST + 1  # the heartbeat has noted that the step begins
+
+    def start(self) -> None:
+        self.due = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        if self.due and self.run.agreement.rank == self.run.agreement.world - 1:
+            time.sleep(1000)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
+        if not self.due:
+            return
+        library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        library.pthread_mutex_lock(mutex)
+        library.pthread_mutex_lock(mutex)
 
 
 class Built(RunCallback):

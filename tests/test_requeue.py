@@ -4,8 +4,9 @@ import functools
 import subprocess
 import time
 
+import psutil
 import pytest
-from launching import ASKED, cluster, requeued, start, stops, with_line  # noqa: F401 (fixtures)
+from launching import ASKED, SCRIPT, cluster, requeued, start, stops, with_line  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.slow
 
@@ -218,3 +219,19 @@ def test_a_stop_late_in_a_jobs_time_that_has_got_no_further_counts(start, tmp_pa
     """Its time is too short to get anywhere: it would be stopped so for ever."""
     (tmp_path / "end").write_text(time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + end)))
     assert stops(start, 3, 143) == [False, False, counts]
+
+
+def test_nothing_outlives_a_script_that_is_killed_as_it_asks_how_the_job_is(cluster, tmp_path):
+    """SLURM may miss what is forked in that moment, and its answer has no reader."""
+    (tmp_path / "code").write_text("1")
+    (tmp_path / "slow").touch()
+    script = subprocess.Popen(["bash", SCRIPT], env=cluster, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (tmp_path / "asked").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    left = psutil.Process(script.pid).children(recursive=True)
+    assert left
+    script.kill()
+    script.wait()
+    assert not psutil.wait_procs(left, timeout=20)[1]

@@ -105,8 +105,8 @@ def culprit(logs: Path, codes: Mapping[int, int], world: int) -> Blame | None:
     """The others fail because they have lost it. None if nothing tells.
 
     codes: of the ranks that had ended before anybody asked them to. Of those who leave last words it is the one who did
-    first, unless these are about the loss of a peer: then it is a rank that left none (killed, or stopped), or that
-    waited for its data while the others waited for it.
+    first, unless these are about the loss of a peer: then it is a rank that waited for its data for too long, as the
+    others did for it, or one that left none (killed, or stopped).
     """
     ended = {rank: code for rank, code in codes.items() if code}
     mistaken = [rank for rank, code in ended.items() if code == 2]
@@ -115,8 +115,8 @@ def culprit(logs: Path, codes: Mapping[int, int], world: int) -> Blame | None:
     ranks, silent, starved = [files.rank for files in spoke], [], []
     if spoke and any(sign in spoke[0].failed.read_text() for sign in LOST_PEER):
         silent = [rank for rank in range(world) if rank not in (*ranks, *ended)]
-        starved = [files.rank for files in spoke if f"({STARVED})" in files.failed.read_text()]
-    rank = next(iter([*mistaken, *killed, *silent, *starved, *ranks, *ended]), None)
+        starved = [rank for rank in ranks if _starved(RankFiles(logs, rank).failed.read_text())]
+    rank = next(iter([*mistaken, *killed, *starved, *silent, *ranks, *ended]), None)
     if rank is None:
         return None
     if rank in ended:
@@ -124,6 +124,10 @@ def culprit(logs: Path, codes: Mapping[int, int], world: int) -> Blame | None:
     if rank not in ranks:
         return Blame(rank, "was not heard of (stopped, or lost)")
     return Blame(rank, "hung" if HANG in RankFiles(logs, rank).failed.read_text() else "failed")
+
+
+def _starved(words: str) -> bool:
+    return HANG in words and f"({STARVED})" in words
 
 
 def _failures(logs: Path) -> list[RankFiles]:

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -18,6 +19,7 @@ from diffusion_trainer.callbacks.last_words import HANG, RankFiles, State, write
 HUNG = 76  # exit code: nothing moved for as long as the time-out allows; to be started again
 LINGER_SECONDS = 2.0  # between a rank's stacks and its end: its peers, which wait for it, write theirs meanwhile
 LOCKED_SECONDS = 5.0  # after the time-out: Python itself does not run, its threads neither
+ANSWER_SECONDS = 4.0  # after SIGTERM, which SIGKILL may follow: SLURM's KillWait is 30 s by default, and seldom below 5
 
 
 class Beat(NamedTuple):
@@ -28,14 +30,41 @@ class Beat(NamedTuple):
     allowed_seconds: float  # until the next
 
 
+class Terminations:
+    """Each SIGTERM that has reached this process, also where its main thread never comes back to Python to handle it.
+
+    To be made, and closed, in the main thread. A forked child shares it until it calls signal.set_wakeup_fd(-1).
+    """
+
+    def __init__(self):
+        self._read, self._write = os.pipe()
+        for end in (self._read, self._write):
+            os.set_blocking(end, False)
+        self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+
+    def came(self) -> bool:
+        """Whether one has since this was last asked."""
+        try:
+            return signal.SIGTERM in os.read(self._read, 65536)
+        except BlockingIOError:
+            return False
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._previous)
+        os.close(self._read)
+        os.close(self._write)
+
+
 class Watchdog:
     """Ends this process with exit code 76 when no beat comes for as long as the last one allows.
 
     It writes the stacks of all threads and, by SIGQUIT, of the worker processes to <logs>/stacks-rank-<r>.txt, the last
     words to failed-rank-<r>.txt, kills the workers and ends the process, also from within a call that never returns. If
     something holds Python's lock for ever, a thread without Python writes the stacks and ends it, with exit code 1.
-    SIGQUIT from outside writes the stacks, too, and training goes on. How far the process has come is written once a
-    second, if that has changed. An error on the way to a file is told once; the watch goes on.
+    SIGQUIT from outside writes the stacks, too, and training goes on. So does SIGTERM, once, if no beat follows it and
+    the last was a second before: such a rank waits for one that hung, and is to be ended for that. How far the process
+    has come is written once a second, if that has changed. An error on the way to a file is told once; the watch goes
+    on.
 
     A process that was suspended for longer than the time-out counts as hung.
 
@@ -45,7 +74,8 @@ class Watchdog:
     def __init__(self, files: RankFiles, world: int, progress: Callable[[], tuple[int, int]]):
         self.files, self.world, self.progress = files, world, progress
         self.host = socket.gethostname()
-        self._last = Beat(time.monotonic(), "the start", float("inf"))
+        self._last = Beat(time.monotonic(), "the start", inf)
+        self._looked = self._told = -inf  # when SIGTERM was last looked for, and had come
         self._written: Beat | None = None
         self._told_unwritten = False
         self._stopped = threading.Event()
@@ -58,12 +88,14 @@ class Watchdog:
         # Workers are forked, and inherit this: each writes its own stack into this file when it is sent SIGQUIT.
         faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
         self._arm(allowed_seconds)
+        self._terminations = Terminations()
         self._thread.start()
 
     def stop(self, well: bool) -> None:
         """well: the process has not failed, and nobody will ask how far it had come."""
         self._stopped.set()
         self._thread.join()
+        self._terminations.close()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
         self._file.close()
@@ -99,12 +131,26 @@ class Watchdog:
             if left <= 0:
                 self._end(last)
             self._tell_state()
+            self._look_for_an_answer()
             self._arm(left)
             if self._stopped.wait(min(1.0, left)):
                 return
 
     def _arm(self, left: float) -> None:
         faulthandler.dump_traceback_later(left + LOCKED_SECONDS, exit=True, file=self._file)
+
+    def _look_for_an_answer(self) -> None:
+        looked, self._looked = self._looked, time.monotonic()
+        if self._terminations.came() and self._told < self._last.at:
+            self._told = looked  # or after that: a beat since then may have been the answer
+        waited = self._looked - self._told
+        if self._told <= self._last.at or waited < ANSWER_SECONDS:
+            return
+        try:
+            self._write_stacks(f"no sign of life in the {waited:.0f} s since SIGTERM")
+        except OSError as error:
+            self._say(f"the stacks cannot be written: {error}")
+        self._told = inf  # once is enough
 
     def _tell_state(self) -> None:
         if self._written == self._last:
@@ -119,24 +165,25 @@ class Watchdog:
 
     def _end(self, last: Beat) -> None:
         """Last words first: they are short, and a full disk or a dead file system may stop what comes after."""
-        idle, workers = time.monotonic() - last.at, multiprocessing.active_children()
+        idle = time.monotonic() - last.at
         what = f"{HANG} {idle:.0f} s; all stacks are in {self.files.stacks}"
         main = sys._current_frames()[threading.main_thread().ident]
         try:
             self._written = None
             self._tell_state()
             write_failure(self.files, self.state(), what, traceback.format_stack(main))
-            self._write_stacks(what, [worker.pid for worker in workers])
+            self._write_stacks(what)
             time.sleep(LINGER_SECONDS)
         except OSError as error:
             self._say(f"the stacks cannot be written: {error}")
         finally:
             self._say(f"{what}. It ends here with exit code {HUNG}")
-            for worker in workers:
+            for worker in multiprocessing.active_children():
                 worker.kill()
             os._exit(HUNG)
 
-    def _write_stacks(self, what: str, workers: list[int]) -> None:
+    def _write_stacks(self, what: str) -> None:
+        workers = [worker.pid for worker in multiprocessing.active_children()]
         children = "".join(f"  worker process {pid}: {_kernel_state(pid)}\n" for pid in workers)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(self._file.fileno(), f"\n{now}: {self.state()}:\n{what}\n{children}".encode())

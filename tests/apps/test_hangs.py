@@ -97,6 +97,19 @@ def test_a_stopped_worker_is_noticed_by_its_rank_and_killed(run):
     assert "in next" in stacks
 
 
+def test_one_that_hangs_before_the_first_step_is_noticed_and_its_peers_leave_their_stacks(workplace):
+    """They have start_timeout_seconds, and are told to end before."""
+    code, output = finish(command(*RUN, "+callbacks.stuck._target_=spies.Stuck", cwd=workplace))
+    assert code == HUNG, output
+    logs = workplace / "runs" / "digits" / "logs"
+    assert "rank 1 of 2 hung" in (logs / post_mortem.FILE).read_text()
+    assert "hung: no progress for" in (logs / "stacks-rank-1.txt").read_text()
+    peer = (logs / "stacks-rank-0.txt").read_text()
+    assert "no sign of life in the" in peer
+    assert "in on_train_batch_start" in peer
+    assert "in _worker_loop" in peer
+
+
 def test_a_killed_rank_is_named(run):
     process, folder = run
     rank_of(process, 0).kill()

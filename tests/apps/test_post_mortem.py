@@ -64,6 +64,8 @@ CASES = {  # what ranks said, in that order (rank, words, doing); exit codes; wh
         Blame(2, "hung")),
     "a rank without data that is slower to end than its peers": (
         [(0, HUNG_WORDS, "x"), (1, HUNG_WORDS, "waiting for data"), (2, HUNG_WORDS, "x")], {0: HUNG}, Blame(1, "hung")),
+    "a rank without data, whose peers have not said a word yet": (
+        [(1, HUNG_WORDS, "waiting for data")], {1: HUNG}, Blame(1, "hung")),
     "a hang of all": ([(r, HUNG_WORDS, "x") for r in (2, 0, 1)], dict.fromkeys(range(3), HUNG), Blame(2, "hung")),
     "under SLURM, a killed rank": (
         [(0, LOST, "x"), (2, LOST, "x")], {}, Blame(1, "was not heard of (stopped, or lost)")),

@@ -20,8 +20,9 @@ import ctypes, multiprocessing, os, signal, sys, time
 from pathlib import Path
 from diffusion_trainer.callbacks import watchdog
 from diffusion_trainer.callbacks.last_words import RankFiles
+from diffusion_trainer.streaming import loader
 
-watchdog.LINGER_SECONDS, watchdog.LOCKED_SECONDS = 0.3, 0.5
+watchdog.LINGER_SECONDS, watchdog.LOCKED_SECONDS, watchdog.ANSWER_SECONDS = 0.3, 0.5, 0.5
 dog = watchdog.Watchdog(RankFiles(Path(sys.argv[1]), 3), 4, lambda: (10, 160))
 
 def soon():
@@ -51,6 +52,32 @@ def waiting_for_a_stopped_worker():
     os.waitpid(sleeper.pid, os.WUNTRACED)
     soon()
     sleeper.join()
+
+def deaf():
+    worker()
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    dog.beat("a step", 100)
+    print("ready", flush=True)
+    library.pthread_mutex_lock(mutex)  # which no signal interrupts
+
+def answering():
+    signal.signal(signal.SIGTERM, lambda number, frame: dog.beat("a save", 100))
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(3)
+
+def asleep_while_a_worker_is_told():
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    dog.beat("a step", 100)
+    sleeper = multiprocessing.get_context("fork").Process(target=told)
+    sleeper.start()
+    sleeper.join()
+    time.sleep(3)
+
+def told():
+    loader._outlive_a_stop(0)
+    signal.raise_signal(signal.SIGTERM)
 
 def holding_the_lock_of_python():
     library = ctypes.PyDLL(None)
@@ -120,8 +147,38 @@ def test_python_itself_may_hang(tmp_path):
     assert "in holding_the_lock_of_python" in stacks
 
 
-def test_one_that_beats_goes_on_and_leaves_nothing(tmp_path):
-    done, _ = ended(tmp_path, "beating")
+def test_one_that_gives_sigterm_no_answer_is_left_alone_with_its_stacks(tmp_path):
+    """Its main thread never comes back to Python, which would call the handler."""
+    stacks = RankFiles(tmp_path, 3).stacks
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "deaf"], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1.5)  # a beat just before the signal may be the answer to it
+    try:
+        for _ in range(2):  # the second has no more of them
+            process.terminate()
+            end = time.monotonic() + 20
+            while "in sleeping_in_python" not in stacks.read_text():  # of its worker, which is asked last
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        time.sleep(3)
+        text = stacks.read_text()
+        assert text.count("since SIGTERM") == 1
+        assert "rank 3 of 4 on " in text
+        assert " s since SIGTERM\n  worker process" in text
+        assert "in deaf" in text
+        assert process.poll() is None
+        assert psutil.pid_exists(worker)
+        assert not RankFiles(tmp_path, 3).failed.exists()
+    finally:
+        psutil.Process(worker).kill()
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("what", ["beating", "answering", "asleep_while_a_worker_is_told"])
+def test_one_that_beats_goes_on_and_leaves_nothing(tmp_path, what):
+    done, _ = ended(tmp_path, what)
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -153,6 +153,21 @@ def test_two_jobs_on_one_node_at_the_same_time(cluster, checkout, submit, ended,
     assert max(j["StartTime"] for j, _ in over.values()) < min(j["EndTime"] for j, _ in over.values())
 
 
+def test_a_rank_that_hangs_before_its_first_batch_and_its_peer_that_srun_ends_leave_their_stacks(
+    checkout, submit, ended, alone
+):
+    """The peer is in its first step, which it has much longer for."""
+    job, log = ended(submit("stuck", *callback("stuck", "spies.Stuck"), "callbacks.heartbeat.hang_timeout_seconds=15"))
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log
+    assert "rank 1 of 2 hung" in log
+    last_words = ("no sign of life in the ", "hung: no progress for 1")
+    for rank, words in enumerate(last_words):
+        stacks = (checkout / "runs" / "stuck" / "logs" / "attempt-1" / f"stacks-rank-{rank}.txt").read_text()
+        assert words in stacks
+        assert "most recent call first" in stacks
+    check_nothing_lost(checkout / "runs" / "stuck", alone)
+
+
 @pytest.mark.parametrize(("seconds", "fits"), [(2, True), (20, False)])
 def test_requeued_while_a_save_takes_so_long(cluster, checkout, submit, ended, alone, seconds, fits):
     """SLURM leaves it five seconds: a save that fits into them is kept, else the last periodic one stands."""
