@@ -175,11 +175,11 @@ def measure(config: Mapping[str, Any], world: processes.World, steps: int, warmu
     loader = TimedLoader(LookingAhead(loader, layout.micro_batches))
     with tempfile.TemporaryDirectory() as folder:
         module = rank.module_of(config, progress, settings.device())
-        watch = Stopwatch(loader, TimedUpdate(ema._approach), module.model.dtype)
+        watch = Stopwatch(loader, TimedUpdate(ema.approach), module.model.dtype)
         trainer = settings.build(
             strategy, world.nodes, world.local_size, world.environment(), warmup + steps, [watch], [], Path(folder)
         )
-        with mock.patch.object(ema, "_approach", watch.update):
+        with mock.patch.object(ema, "approach", watch.update):
             trainer.fit(module, loader)
     return report(config, watch, str(trainer.strategy.root_device), world.size, warmup)
 

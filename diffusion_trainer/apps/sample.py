@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +38,37 @@ class SampleConfig(FinishedConfig):
 def _load(overrides: Sequence[str]) -> dict:
     config = finished.load("sample", overrides, SampleConfig)
     mode = build(config["mode"], "mode", config["allowed_targets"])
-    aside = []
-    if mode.deterministic:
-        why = "is a deterministic map between noise and images, which has no reverse variance"
-        aside += _left_aside(config, overrides, mode, "variance", FixedSmall(), "beta_tilde", why)
-    if not mode.guided:
-        why = "is the map of the model itself, in which guidance takes no part"
-        aside += _left_aside(config, overrides, mode, "guidance", NoGuidance(), "none", why)
+    unused = [VARIANCE] * mode.deterministic + [GUIDANCE] * (not mode.guided)
+    aside = [override for group in unused for override in group.left_aside(config, overrides, mode)]
     return finished.load("sample", [*overrides, *aside], SampleConfig) if aside else config
 
 
-def _left_aside(
-    config: Mapping[str, Any], overrides: Sequence[str], mode: Mode, group: str, nothing: Any, name: str, why: str
-) -> list[str]:
-    """The override that leaves the run's own choice of a group aside; UserError for one that is asked for."""
-    given = within(overrides, group)
-    if not given:
-        return [f"{group}={name}"]
-    if build(config[group], group, config["allowed_targets"]) != nothing:
-        raise UserError(f"{' '.join(given)}: {mode} {why}; leave it out")
-    return []
+@dataclass(frozen=True)
+class Unused:
+    """A group of the configuration that takes no part in some modes."""
+
+    group: str
+    nothing: Any  # what it builds then
+    name: str  # of that, in conf/<group>
+    why: str
+
+    def left_aside(self, config: Mapping[str, Any], overrides: Sequence[str], mode: Mode) -> list[str]:
+        """The override that leaves the run's own choice aside; UserError for one that is asked for."""
+        given = within(overrides, self.group)
+        if not given:
+            return [f"{self.group}={self.name}"]
+        if build(config[self.group], self.group, config["allowed_targets"]) != self.nothing:
+            raise UserError(f"{' '.join(given)}: {mode} {self.why}; leave it out")
+        return []
+
+
+VARIANCE = Unused(
+    "variance",
+    FixedSmall(),
+    "beta_tilde",
+    "is a deterministic map between noise and images, which has no reverse variance",
+)
+GUIDANCE = Unused("guidance", NoGuidance(), "none", "is the map of the model itself, in which guidance takes no part")
 
 
 def show(overrides: Sequence[str]) -> str:

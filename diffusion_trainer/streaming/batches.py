@@ -64,7 +64,9 @@ class Reader:
     def look_ahead(self, layout: Layout, items: Sequence[int]) -> None:
         """Tells the store what these items will need."""
         for item in items:
-            self.samples.store.ahead([self.samples.span(k, i) for k, i in self.places(layout.numbers(item)).tolist()])
+            self.samples.store.prefetch(
+                [self.samples.span(k, i) for k, i in self.places(layout.numbers(item)).tolist()]
+            )
 
 
 @dataclass

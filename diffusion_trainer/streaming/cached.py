@@ -180,8 +180,8 @@ class CachedStore(Store):
                 "writes it"
             ) from error
 
-    def ahead(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
-        self._files.ahead(
+    def prefetch(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
+        self._files.prefetch(
             piece for span in pieces if is_url(span[0].url) for piece in pieces_of(*span, self.piece_bytes)
         )
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
-from diffusion_trainer.streaming.ahead import Ahead
 from diffusion_trainer.streaming.cache import Cache, touch
 from diffusion_trainer.streaming.damage import MissingShard
 from diffusion_trainer.streaming.fetching import Part, fetch
 from diffusion_trainer.streaming.index import Shard
+from diffusion_trainer.streaming.prefetching import Prefetcher
 from diffusion_trainer.streaming.remote import Gone, Remote, check_there
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.stores import MAX_OPEN
@@ -28,7 +28,7 @@ Key = tuple[str, int, bool]  # URL, first byte, whether it was fetched again
 
 
 class Files:
-    """What a process has open. For one thread; `ahead` has its own, which touch the cache alone."""
+    """What a process has open. For one thread; `prefetch` has its own, which touch the cache alone."""
 
     def __init__(
         self, folder: Path, limit: int, remote: Remote, retries: Retries, witnesses: Callable[[str], list[str]]
@@ -68,9 +68,9 @@ class Files:
         _close(self._open)
 
     @cached_property
-    def ahead(self) -> Ahead:
+    def prefetch(self) -> Prefetcher:
         cache = Cache(self.cache.folder, self.cache.limit, wait=False)
-        return Ahead(partial(_fetch_ahead, cache, self.remote, self.retries), THREADS)
+        return Prefetcher(partial(_prefetch, cache, self.remote, self.retries), THREADS)
 
     def _opened(self, key: Key, shard: Shard, part: Part) -> tuple[int, float]:
         if shard.url in self._gone:
@@ -109,7 +109,7 @@ def _close(opened: dict[Key, tuple[int, float]]) -> None:
         os.close(opened.popitem()[1][0])
 
 
-def _fetch_ahead(cache: Cache, remote: Remote, retries: Retries, piece: Piece) -> None:
+def _prefetch(cache: Cache, remote: Remote, retries: Retries, piece: Piece) -> None:
     part, fewer = _part(piece), Retries(min(AHEAD_RETRIES, retries.count), retries.backoff_seconds)
     descriptor = cache.open(part.name, part.size, partial(fetch, remote, fewer, part))
     if descriptor is not None:

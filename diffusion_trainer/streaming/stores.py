@@ -27,7 +27,7 @@ MAX_OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # file
 class Store(ABC):
     """Reads pieces of shards. Each process has its own (forked ones share open files, which positional reads allow)."""
 
-    steps_ahead: int = 0  # how early `ahead` wants to know
+    steps_ahead: int = 0  # how early `prefetch` wants to know
 
     @abstractmethod
     def read(self, shard: Shard, offset: int, into: memoryview) -> None:
@@ -50,7 +50,7 @@ class Store(ABC):
         it is read.
         """
 
-    def ahead(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
+    def prefetch(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
         """(shard, first byte, last byte) will be asked for soon; returns at once."""
         return None
 

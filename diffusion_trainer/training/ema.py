@@ -162,14 +162,14 @@ def attach_ema(optimizer: Optimizer, decays: Mapping[str, Callable[[], float]], 
                 if key not in optimizer.state[p]:
                     optimizer.state[p][key] = initial[p].clone()
             if stepped:
-                _approach([optimizer.state[p][key] for p in stepped], stepped, nonfinite.kept * (1 - decay()))
+                approach([optimizer.state[p][key] for p in stepped], stepped, nonfinite.kept * (1 - decay()))
         initial.clear()
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
 
 
-def _approach(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
+def approach(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
     """averages += share * (weights - averages); `share` is a number on the device (lerp takes only the host's)."""
     for ours, theirs in _chunks(averages, [w.detach() for w in weights]):
         difference = torch._foreach_sub(theirs, ours)

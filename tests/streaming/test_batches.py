@@ -214,7 +214,7 @@ class Listening(LocalStore):
     told: list = field(default_factory=list)
     reads: list = field(default_factory=list)  # what is read, and how much had been told before
 
-    def ahead(self, pieces):
+    def prefetch(self, pieces):
         self.told += pieces
 
     def read(self, shard, offset, into):

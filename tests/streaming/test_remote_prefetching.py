@@ -14,9 +14,9 @@ from streaming.stores import FIRST, MODES, NAMES, PIECE, contents, gets, spans, 
 from streaming.three_shards import folder, make, server, truth  # noqa: F401 (fixtures)
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming import ahead
-from diffusion_trainer.streaming.ahead import Ahead
+from diffusion_trainer.streaming import prefetching
 from diffusion_trainer.streaming.files import THREADS
+from diffusion_trainer.streaming.prefetching import Prefetcher
 
 
 @MODES
@@ -24,7 +24,7 @@ def test_what_was_fetched_ahead_is_not_fetched_again(piece_bytes, server, folder
     store = make(piece_bytes)
     wanted = spans(store, f"{server.url}/*.tar")
     for _ in range(3):
-        store.ahead(wanted)
+        store.prefetch(wanted)
     needed = {name: gets(folder, name, piece_bytes) for name in NAMES}
     entries = Path(store.cache) / "entries"
     wait_until(lambda: len(list(entries.iterdir())) == len(NAMES) + sum(needed.values()))
@@ -40,8 +40,8 @@ def test_what_goes_wrong_ahead_is_told_to_the_reader_alone(server, folder, truth
     server.always[FIRST] = flaky.status(403)
     bad, good = gets(folder, NAMES[0], PIECE), gets(folder, NAMES[2], PIECE)
     assert bad >= THREADS
-    store.ahead(wanted[:10])
-    store.ahead(wanted[20:])
+    store.prefetch(wanted[:10])
+    store.prefetch(wanted[20:])
     wait_until(lambda: (server.count(FIRST), server.count(f"/{NAMES[2]}")) == (bad, good))
     with pytest.raises(UserError, match="credentials"):
         store.read(*wanted[0][:2], memoryview(bytearray(10)))
@@ -52,13 +52,13 @@ def test_what_goes_wrong_ahead_is_told_to_the_reader_alone(server, folder, truth
 def test_a_forked_process_reads_and_fetches_ahead(server, truth, make):
     store = make()
     wanted = spans(store, f"{server.url}/*.tar")
-    store.ahead(wanted[:1])
+    store.prefetch(wanted[:1])
     store.read(wanted[0][0], 0, memoryview(bytearray(10)))
     child = os.fork()
     if child == 0:
         signal.alarm(60)
         try:
-            store.ahead(wanted)
+            store.prefetch(wanted)
             wait_until(lambda: len(list((Path(store.cache) / "entries").iterdir())) == 2 * len(NAMES))
             os._exit(0 if contents(store, f"{server.url}/*.tar") == truth else 1)
         finally:
@@ -70,8 +70,8 @@ def test_a_forked_process_reads_and_fetches_ahead(server, truth, make):
 
 def test_what_is_asked_for_again_and_again_is_fetched_once_a_minute(monkeypatch):
     fetched, now = Queue(), 1000.0
-    monkeypatch.setattr(ahead.time, "monotonic", lambda: now)
-    fetch = Ahead(fetched.put, 1)
+    monkeypatch.setattr(prefetching.time, "monotonic", lambda: now)
+    fetch = Prefetcher(fetched.put, 1)
     for _ in range(3):
         fetch("abc")
     now += 61
@@ -82,11 +82,11 @@ def test_what_is_asked_for_again_and_again_is_fetched_once_a_minute(monkeypatch)
 
 def test_what_finds_no_place_in_the_queue_may_be_asked_for_again():
     go_on, fetched = Event(), Queue()
-    fetch = Ahead(lambda thing: (go_on.wait(20), fetched.put(thing)), 1)
+    fetch = Prefetcher(lambda thing: (go_on.wait(20), fetched.put(thing)), 1)
     fetch(range(5000))  # at once, though nothing is fetched
     go_on.set()
-    first = [fetched.get(timeout=20) for _ in range(ahead.MAX_QUEUED)]
-    assert first == list(range(ahead.MAX_QUEUED))
+    first = [fetched.get(timeout=20) for _ in range(prefetching.MAX_QUEUED)]
+    assert first == list(range(prefetching.MAX_QUEUED))
     fetch([4999])
     while fetched.get(timeout=20) != 4999:
         pass
@@ -96,7 +96,7 @@ ENDING = """
 import sys
 from diffusion_trainer.streaming.cached import CachedStore
 store = CachedStore(sys.argv[1], 1 << 20, timeout_seconds=1000)
-store.ahead([(shard, 0, 10) for shard in store.find(sys.argv[2] + "/*.tar")])
+store.prefetch([(shard, 0, 10) for shard in store.find(sys.argv[2] + "/*.tar")])
 sys.stdin.readline()
 """
 

@@ -15,8 +15,8 @@ LATELY_SECONDS = 60.0  # what was asked for is not asked for again so soon
 MAX_REMEMBERED = 1 << 16
 
 
-class Ahead:
-    """Threads of this process that fetch. A forked child has none of them and needs an Ahead of its own.
+class Prefetcher:
+    """Threads of this process that fetch. A forked child has none of them and needs a Prefetcher of its own.
 
     They are daemons: an interpreter that ends does not wait for a transfer, whose remains the next process removes.
     """
@@ -25,7 +25,7 @@ class Ahead:
         self._fetch, self._queue = fetch, Queue(MAX_QUEUED)
         self._lately: OrderedDict[Hashable, float] = OrderedDict()
         for k in range(threads):
-            threading.Thread(target=self._work, name=f"shards-ahead-{k}", daemon=True).start()
+            threading.Thread(target=self._work, name=f"prefetch-{k}", daemon=True).start()
 
     def __call__(self, things: Iterable[Hashable]) -> None:
         """Returns at once. What does not fit into the queue is left to who reads it."""
