@@ -8,10 +8,9 @@ import time
 
 import psutil
 import pytest
-import torch
 from conftest import SMALL, command, finish
 from ledgers import lines, until
-from spied_runs import SPY, bitwise, spied
+from spied_runs import SPY, bitwise, spied, spied_once
 
 from diffusion_trainer.apps import post_mortem
 from diffusion_trainer.callbacks.watchdog import HUNG
@@ -132,8 +131,7 @@ def test_an_exception_is_told_with_its_stack_and_not_that_of_the_peer_which_lost
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bitwise(folder, number):
     name, arguments = f"one-{number.name}", ["strategy=ddp", "num_images=640"]
-    whole = spied(folder, "whole", *arguments) if not (folder / "runs" / "whole").exists() else torch.load(
-        folder / "runs" / "whole" / "spy-0.pt", weights_only=True)  # fmt: skip
+    whole = spied_once(folder, "whole", *arguments)
     process = command("train", *SPY, *arguments, f"name={name}", cwd=folder)
     begun = folder / "runs" / name / "metrics.csv"
     while not begun.is_file() or "\n64," not in begun.read_text():

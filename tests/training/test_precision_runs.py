@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from conftest import command, finish
-from spied_runs import SPY, bitwise, largest, spied
+from spied_runs import SPY, bitwise, largest, spied, spied_once
 
 pytestmark = pytest.mark.slow
 
@@ -28,10 +28,20 @@ def scales(folder, name, rank=0, started=0):
     return json.loads((folder / "runs" / name / f"scales-{rank}-{started}.json").read_text())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pieces(folder):
     """One process that computes in the pieces of two."""
-    return spied(folder, "pieces", "strategy=single", "trainer.accumulate_grad_batches=2", *HALF)
+    return spied_once(folder, "pieces", "strategy=single", "trainer.accumulate_grad_batches=2", *HALF)
+
+
+def swapped(folder, strategy):
+    """The run of two processes whose averages take the weights' place now and then."""
+    return spied_once(folder, strategy, f"strategy={strategy}", "+callbacks.spy.swap_every=3", *HALF)
+
+
+def overflowing(folder, strategy):
+    """The run whose scale is 2^20 from its third step on."""
+    return spied_once(folder, f"overflow-{strategy}", f"strategy={strategy}", *HALF, *scaled(32, 2.0**20))
 
 
 def test_losses_are_those_of_fp32_to_float16s_rounding(folder, pieces):
@@ -46,7 +56,7 @@ def test_losses_are_those_of_fp32_to_float16s_rounding(folder, pieces):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_computes_what_one_process_does(folder, pieces, strategy):
     """The EMA has its closed form, and a swap for evaluation changes nothing."""
-    two = spied(folder, strategy, f"strategy={strategy}", "+callbacks.spy.swap_every=3", *HALF)
+    two = swapped(folder, strategy)
     assert two["ledger"] == pieces["ledger"]
     assert two["losses"] == pytest.approx(pieces["losses"], rel=1e-5)
     assert two["ema_error"] < 1e-6
@@ -58,8 +68,7 @@ def test_an_overflow_is_skipped_by_all_ranks_and_halves_the_scale(folder, strate
     """From 2^20 on down until nothing overflows; what a skipped step must not touch is held by the spy. The guard
     counts these steps, and does not go back for them.
     """
-    name = f"overflow-{strategy}"
-    report = spied(folder, name, f"strategy={strategy}", *HALF, *scaled(32, 2.0**20))
+    name, report = f"overflow-{strategy}", overflowing(folder, strategy)
     seen = scales(folder, name)
     kept = [step[1] for step in seen]
     falls = kept.count(0.0)
@@ -81,7 +90,7 @@ def test_an_overflow_is_skipped_by_all_ranks_and_halves_the_scale(folder, strate
 def test_resumed_is_uninterrupted_bitwise_with_its_scale(folder, strategy):
     """Stopped on the way down from 2^20."""
     overrides = [f"strategy={strategy}", *HALF, *scaled(32, 2.0**20)]
-    whole = torch.load(folder / "runs" / f"overflow-{strategy}" / "spy-0.pt", weights_only=True)
+    whole = overflowing(folder, strategy)
     name = f"stopped-{strategy}"
     spied(folder, name, *overrides, "num_images=64")
     (manifest,) = (folder / "runs" / name / "checkpoints").glob("*/manifest.json")
@@ -97,10 +106,7 @@ def test_resumed_is_uninterrupted_bitwise_with_its_scale(folder, strategy):
 def test_clipping_and_accumulation_act_on_true_gradients(folder, strategy):
     """Adam hides a factor of all gradients in its weights, not in its moments."""
     clipped = ["trainer.gradient_clip_norm=0.2", "trainer.accumulate_grad_batches=2"]
-    path = folder / "runs" / "clipped-exact" / "spy-0.pt"
-    if not path.is_file():
-        spied(folder, "clipped-exact", "strategy=single", "precision=fp32", *CALM, *clipped)
-    exact = torch.load(path, weights_only=True)
+    exact = spied_once(folder, "clipped-exact", "strategy=single", "precision=fp32", *CALM, *clipped)
     half = spied(folder, f"clipped-{strategy}", f"strategy={strategy}", *HALF, *clipped)
     assert half["losses"] == pytest.approx(exact["losses"], rel=1e-3)
     mine, theirs = (torch.cat([report["moments"][n] for n in sorted(exact["moments"])]) for report in (half, exact))
@@ -108,7 +114,7 @@ def test_clipping_and_accumulation_act_on_true_gradients(folder, strategy):
 
 
 def test_checkpointed_blocks_change_no_bit(folder):
-    whole = torch.load(folder / "runs" / "zero3" / "spy-0.pt", weights_only=True)
+    whole = swapped(folder, "zero3")
     blocks = spied(folder, "blocks", "strategy=zero3", "network.checkpoint_blocks=true", *HALF)
     assert blocks["losses"] == whole["losses"]
     assert bitwise(blocks, whole)

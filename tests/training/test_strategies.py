@@ -7,16 +7,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import command, finish
-from spied_runs import SPY, bitwise, largest, spied
+from spied_runs import SPY, bitwise, largest, report_of, spied, spied_once
 
 from diffusion_trainer.training import strategies
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
+CONSTANT = "optimizer.lr_schedule.final=1.0"  # the cosine of a shorter run would be another
+
+
+@pytest.fixture
 def single(folder):
-    return spied(folder, "single", "strategy=single")
+    return spied_once(folder, "single", "strategy=single")
+
+
+def swapped(folder, strategy):
+    """The run of two processes whose averages take the weights' place now and then."""
+    return spied_once(folder, strategy, f"strategy={strategy}", "+callbacks.spy.swap_every=3")
 
 
 def test_one_process_has_the_closed_form_and_every_sample_of_its_batches(single):
@@ -27,7 +35,7 @@ def test_one_process_has_the_closed_form_and_every_sample_of_its_batches(single)
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_two_processes_compute_what_one_does(folder, single, strategy):
     """Same samples, same losses, same weights; EMA equal to its closed form; a swap for evaluation changes nothing."""
-    two = spied(folder, strategy, f"strategy={strategy}", "+callbacks.spy.swap_every=3")
+    two = swapped(folder, strategy)
     assert two["ema_error"] < 1e-6
     assert two["ledger"] == single["ledger"]
     assert two["losses"] == pytest.approx(single["losses"], rel=1e-5)
@@ -40,8 +48,7 @@ def test_two_processes_compute_what_one_does(folder, single, strategy):
 def test_accumulation_and_clipping_change_nothing_but_the_order_of_sums(folder, single, strategy):
     """(Lightning and DeepSpeed both divide the loss by the micro-batches; with clipping that shows.)"""
     clipped = "trainer.gradient_clip_norm=0.2"
-    whole = spied(folder, "clipped", "strategy=single", clipped) if strategy == "ddp" else None
-    whole = whole or torch.load(folder / "runs" / "clipped" / "spy-0.pt", weights_only=True)
+    whole = spied_once(folder, "clipped", "strategy=single", clipped)
     pieces = spied(folder, f"pieces-{strategy}", f"strategy={strategy}", clipped, "trainer.accumulate_grad_batches=2")
     assert pieces["ledger"] == whole["ledger"]
     assert pieces["losses"] == pytest.approx(whole["losses"], rel=1e-5)
@@ -53,28 +60,23 @@ def test_accumulation_and_clipping_change_nothing_but_the_order_of_sums(folder, 
 @pytest.mark.parametrize("strategy", ["single", "zero2", "zero3"])
 def test_resumed_is_uninterrupted_bitwise(folder, strategy):
     """Stopped after half of the images and started again: weights, EMA and moments to the last bit."""
-    straight = torch.load(folder / "runs" / strategy / "spy-0.pt", weights_only=True)
-    name = f"resumed-{strategy}"
-    # The cosine of a shorter run would be another: this pair of runs has a constant rate.
-    constant = [f"strategy={strategy}", "optimizer.lr_schedule.final=1.0"]
-    constant += ["network.dropout=0.2"] if strategy == "zero2" else []
-    spied(folder, name, *constant, "num_images=64")
-    again = spied(folder, name, *constant, started=64)
-    whole = spied(folder, f"{name}-whole", *constant)
+    name, options = f"resumed-{strategy}", [f"strategy={strategy}", CONSTANT]
+    options += ["network.dropout=0.2"] if strategy == "zero2" else []
+    spied(folder, name, *options, "num_images=64")
+    again = spied(folder, name, *options, started=64)
+    whole = spied_once(folder, f"whole-{strategy}", *options)
     assert [n for n, _ in again["ledger"]] == list(range(64, 128))
     assert again["ledger"] == whole["ledger"][64:]
     assert again["losses"] == whole["losses"][4:]
     assert bitwise(again, whole)
-    assert not bitwise(again, straight)
 
 
-def test_another_strategy_and_world_resume_a_checkpoint(folder, single):
+def test_another_strategy_and_world_resume_a_checkpoint(folder):
     """ZeRO-3 on two processes, then ZeRO-2 on two, then one process: the trajectory goes on."""
-    constant = "optimizer.lr_schedule.final=1.0"
-    spied(folder, "moved", "strategy=zero3", "num_images=48", constant)
-    spied(folder, "moved", "strategy=zero2", "num_images=96", constant, started=48)
-    last = spied(folder, "moved", "strategy=single", constant, started=96)
-    whole = torch.load(folder / "runs" / "resumed-single-whole" / "spy-0.pt", weights_only=True)
+    spied(folder, "moved", "strategy=zero3", "num_images=48", CONSTANT)
+    spied(folder, "moved", "strategy=zero2", "num_images=96", CONSTANT, started=48)
+    last = spied(folder, "moved", "strategy=single", CONSTANT, started=96)
+    whole = spied_once(folder, "whole-single", "strategy=single", CONSTANT)
     assert last["losses"] == pytest.approx(whole["losses"][6:], rel=1e-5)
     assert last["ledger"] == whole["ledger"][96:]
     paths = (folder / "runs" / "moved" / "checkpoints").glob("images-*/manifest.json")
@@ -86,13 +88,13 @@ def test_another_strategy_and_world_resume_a_checkpoint(folder, single):
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_evaluation_while_training_changes_no_bit_of_it(folder, strategy):
-    without = torch.load(folder / "runs" / strategy / "spy-0.pt", weights_only=True)
+    without = swapped(folder, strategy)
     overrides = [o for o in SPY if o != "callbacks.evaluate=null"] + ["callbacks.evaluate.every_n_images=32"]
     name = f"evaluated-{strategy}"
     code, output = finish(command("train", *overrides, f"name={name}", f"strategy={strategy}", cwd=folder))
     assert code == 0, output
     assert output.count("evaluation at") == 5
-    assert bitwise(torch.load(folder / "runs" / name / "spy-0.pt", weights_only=True), without)
+    assert bitwise(report_of(folder / "runs" / name), without)
 
 
 LEARNING = {
@@ -106,10 +108,7 @@ LEARNING = {
 @pytest.mark.parametrize("what", LEARNING)
 def test_what_an_objective_learns_does_not_depend_on_the_strategy(folder, what, strategy):
     """A learned schedule, a learned uncertainty, and times that follow the losses of all ranks."""
-    path = folder / "runs" / what / "spy-0.pt"
-    if not path.is_file():
-        spied(folder, what, "strategy=single", *LEARNING[what])
-    one = torch.load(path, weights_only=True)
+    one = spied_once(folder, what, "strategy=single", *LEARNING[what])
     two = spied(folder, f"{what}-{strategy}", f"strategy={strategy}", *LEARNING[what])
     assert any(parameter.startswith("learned.") for parameter in two["weights"]) == (what != "times")
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
@@ -118,10 +117,10 @@ def test_what_an_objective_learns_does_not_depend_on_the_strategy(folder, what, 
 
 @pytest.mark.parametrize("what", LEARNING)
 def test_what_an_objective_has_learned_is_resumed_bitwise(folder, what):
-    constant = ["strategy=zero2", "optimizer.lr_schedule.final=1.0", *LEARNING[what]]
-    whole = spied(folder, f"{what[:3]}-constant", *constant)
-    spied(folder, f"{what[:3]}-stopped", *constant, "num_images=64")
-    resumed = spied(folder, f"{what[:3]}-stopped", *constant, started=64)
+    options = ["strategy=zero2", CONSTANT, *LEARNING[what]]
+    whole = spied(folder, f"{what}-constant", *options)
+    spied(folder, f"{what}-stopped", *options, "num_images=64")
+    resumed = spied(folder, f"{what}-stopped", *options, started=64)
     assert bitwise(resumed, whole)
     assert resumed["losses"] == whole["losses"][4:]
 

@@ -1,8 +1,7 @@
 """Objectives with a second head for the variance, sharded: one trains all weights, two a head on a frozen trunk."""
 
 import pytest
-import torch
-from spied_runs import bitwise, forget_newest, largest, spied
+from spied_runs import bitwise, forget_newest, largest, spied, spied_once
 
 pytestmark = pytest.mark.slow
 
@@ -21,10 +20,7 @@ def one(folder):
     """one(what): that run of one process."""
 
     def run(name, *options):
-        path = folder / "runs" / name / "spy-0.pt"
-        return (
-            torch.load(path, weights_only=True) if path.is_file() else spied(folder, name, "strategy=single", *options)
-        )
+        return spied_once(folder, name, "strategy=single", *options)
 
     def of(what):
         if "init_from=runs/first" in HEADS[what]:
