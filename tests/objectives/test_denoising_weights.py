@@ -27,6 +27,7 @@ from diffusion_trainer.process.variances import FixedLarge, FixedSmall
 from diffusion_trainer.process.weightings import Elbo, MinSNR, Unit
 
 
+@pytest.mark.slow
 @every_pair
 def test_loss_is_the_weight_times_the_error_of_x_0_whatever_is_predicted(prediction, schedule):
     """The same error of x_0 costs the same: weights need no conversion between predictions."""

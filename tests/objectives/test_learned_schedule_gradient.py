@@ -146,6 +146,7 @@ def mean_losses(timesteps, weighting):
     return means, errors, spreads
 
 
+@pytest.mark.slow
 def test_a_step_down_the_gradient_lowers_the_variance_and_not_the_mean():
     schedule = moved(1)
     objective = Denoising(schedule, PREDICTIONS["v"], Stratified(), WEIGHTINGS["elbo_continuous"])

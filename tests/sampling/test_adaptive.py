@@ -17,6 +17,7 @@ from diffusion_trainer.sampling.adaptive import MAX_CALLS, DormandPrince
 from diffusion_trainer.sampling.runge_kutta import in_flow
 
 
+@pytest.mark.slow
 @every_schedule
 def test_dormand_prince_meets_the_exact_flow_to_its_tolerance_in_both_directions(schedule):
     ends = times_in_p(schedule, 1)

@@ -97,6 +97,7 @@ def test_no_level_is_above_the_noisy_end(schedule):
     assert sum(level.log_snr < top.log_snr + 1e-6 for level in seen) == 2  # the second step's was cut to it
 
 
+@pytest.mark.slow
 @every_schedule
 def test_without_churn_it_is_of_second_order_both_ways(schedule):
     steps = (64, 128, 256)

@@ -97,6 +97,7 @@ class Between(Grid):
         return torch.cat([times, times.new_zeros(1)])
 
 
+@pytest.mark.slow
 @every_schedule
 @every_solver
 def test_order_in_equal_steps_of_t_is_two_where_sigma_over_alpha_is_smooth_and_four_where_it_is_linear(
@@ -116,6 +117,7 @@ def test_order_in_equal_steps_of_t_is_two_where_sigma_over_alpha_is_smooth_and_f
     assert linear or measured < 2.15
 
 
+@pytest.mark.slow
 @every_schedule
 @every_solver
 def test_order_on_the_grid_of_their_yamls_is_two_where_both_ends_are_smooth_and_from_a_half_to_two_elsewhere(

@@ -131,6 +131,7 @@ def close_to(x, data, mean=0.0, covariance=0.0):
     assert (torch.cov(x.T) - data.covariance()).abs().max() < 5 * variance * (2 / n) ** 0.5 + covariance
 
 
+@pytest.mark.slow
 @each("schedule", {name: schedule for name, schedule in SCHEDULES.items() if schedule.at_noisy_end.alpha > 0})
 @each("sampler", {name: SAMPLERS[name] for name in ("euler_maruyama", "predictor_corrector_vp")})
 def test_mean_and_covariance_of_a_mixture_are_met_on_every_schedule_that_is_served(sampler, schedule):

@@ -40,6 +40,7 @@ STEPS = {1: (16, 32, 64), 2: (32, 64, 128), 3: (24, 48, 96)}
 ROOM = {1: 0.15, 2: 0.25, 3: 0.3}
 
 
+@pytest.mark.slow
 @every_schedule
 @each("sampler", DETERMINISTIC)
 def test_measured_order_is_the_declared_order(sampler, schedule):
@@ -57,6 +58,7 @@ def test_measured_order_is_the_declared_order(sampler, schedule):
 FEW_SCHEDULES = {name: SCHEDULES[name] for name in ("zero_terminal_snr", "cosine", "edm", "rectified_flow", "linear")}
 
 
+@pytest.mark.slow
 @each("schedule", FEW_SCHEDULES)
 @each("sampler", DETERMINISTIC)
 def test_order_on_a_mixture_is_the_declared_order(sampler, schedule):
@@ -75,6 +77,7 @@ def test_mean_of_gaussian_data_is_exact_in_any_number_of_steps(sampler, schedule
         assert_close(mean, GAUSSIAN.mean(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @every_schedule
 @each("sampler", AFFINE)
 def test_law_of_gaussian_data_is_met_to_the_declared_order(sampler, schedule):
@@ -94,6 +97,7 @@ def test_law_of_gaussian_data_is_met_to_the_declared_order(sampler, schedule):
     assert errors[1] < 0.07
 
 
+@pytest.mark.slow
 @every_schedule
 @each("sampler", {name: s for name, s in STOCHASTIC.items() if not isinstance(s.solver, SCORE_STEPS)})
 def test_mean_and_covariance_of_a_mixture_are_met(sampler, schedule):
@@ -116,6 +120,7 @@ def round_trip(sampler, schedule, num_steps):
 WITHOUT_SIGNAL = RectifiedFlow(t_max=1.0)
 
 
+@pytest.mark.slow
 @each("schedule", FEW_SCHEDULES | {"rectified_flow_to_1": WITHOUT_SIGNAL})
 @each("sampler", DETERMINISTIC)
 def test_encoding_and_decoding_returns_the_data_to_the_order_of_the_solver(sampler, schedule):

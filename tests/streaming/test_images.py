@@ -217,6 +217,7 @@ def fingerprint(_: int = 0) -> str:
     return found.hexdigest()
 
 
+@pytest.mark.slow
 def test_a_sample_has_the_same_pixels_in_every_process():
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         assert list(pool.map(fingerprint, [0])) == [fingerprint()]
