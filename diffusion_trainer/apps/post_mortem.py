@@ -19,6 +19,7 @@ from diffusion_trainer.callbacks.checkpointing import STOP_SIGNALS
 from diffusion_trainer.callbacks.last_words import (
     HANG,
     STARVED,
+    SUSPENDED,
     RankFiles,
     attempt_folder,
     state_of,
@@ -105,18 +106,19 @@ def culprit(logs: Path, codes: Mapping[int, int], world: int) -> Blame | None:
     """The others fail because they have lost it. None if nothing tells.
 
     codes: of the ranks that had ended before anybody asked them to. Of those who leave last words it is the one who did
-    first, unless these are about the loss of a peer: then it is a rank that waited for its data for too long, as the
-    others did for it, or one that left none (killed, or stopped).
+    first, unless these are about the loss of a peer: then it is a rank that was suspended, or waited for its data for
+    too long, as the others did for it, or one that left none (killed, or stopped still).
     """
     ended = {rank: code for rank, code in codes.items() if code}
     mistaken = [rank for rank, code in ended.items() if code == 2]
     killed = [rank for rank, code in ended.items() if code < 0 and -code != signal.SIGABRT]
     spoke = sorted(_failures(logs), key=lambda files: files.failed.stat().st_mtime_ns)
-    ranks, silent, starved = [files.rank for files in spoke], [], []
+    ranks, silent, held_up = [files.rank for files in spoke], [], []
     if spoke and any(sign in spoke[0].failed.read_text() for sign in LOST_PEER):
         silent = [rank for rank in range(world) if rank not in (*ranks, *ended)]
-        starved = [rank for rank in ranks if _starved(RankFiles(logs, rank).failed.read_text())]
-    rank = next(iter([*mistaken, *killed, *starved, *silent, *ranks, *ended]), None)
+        words = {files.rank: files.failed.read_text() for files in spoke}
+        held_up = [rank for sign in (SUSPENDED, f"({STARVED})") for rank in ranks if _hung(words[rank], sign)]
+    rank = next(iter([*mistaken, *killed, *held_up, *silent, *ranks, *ended]), None)
     if rank is None:
         return None
     if rank in ended:
@@ -126,8 +128,8 @@ def culprit(logs: Path, codes: Mapping[int, int], world: int) -> Blame | None:
     return Blame(rank, "hung" if HANG in RankFiles(logs, rank).failed.read_text() else "failed")
 
 
-def _starved(words: str) -> bool:
-    return HANG in words and f"({STARVED})" in words
+def _hung(words: str, sign: str) -> bool:
+    return HANG in words and sign in words
 
 
 def _failures(logs: Path) -> list[RankFiles]:

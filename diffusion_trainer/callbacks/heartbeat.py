@@ -60,6 +60,9 @@ class Heartbeat(RunCallback):
             self._allowed_seconds = self.hang_timeout_seconds
         self._beat(STARVED)
 
+    def on_train_epoch_end(self, trainer, module) -> None:
+        self._beat("the end", self.start_timeout_seconds)  # where ranks wait for each other, not for data
+
     def on_train_end(self, trainer, module) -> None:
         self._beat("the end", self.start_timeout_seconds)
 

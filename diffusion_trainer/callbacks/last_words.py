@@ -12,6 +12,7 @@ from diffusion_trainer.callbacks.redaction import redacted
 
 FRAMES = 12  # of a stack, the last ones
 HANG = "hung: no progress for"  # how the last words of a rank begin that has waited too long
+SUSPENDED = "suspended, or its Python was, for"  # and what they go on with if it could not move
 STARVED = "waiting for data"  # what such a rank was doing, if no other is to blame
 
 

@@ -10,13 +10,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from math import inf
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from diffusion_trainer.callbacks.last_words import HANG, RankFiles, State, write_failure
+from diffusion_trainer.callbacks.last_words import HANG, SUSPENDED, RankFiles, State, write_failure
 
 HUNG = 76  # exit code: nothing moved for as long as the time-out allows; to be started again
+LOOK_SECONDS = 1.0  # between two looks
 LINGER_SECONDS = 2.0  # between a rank's stacks and its end: its peers, which wait for it, write theirs meanwhile
 LOCKED_SECONDS = 5.0  # after the time-out: Python itself does not run, its threads neither
 ANSWER_SECONDS = 4.0  # after SIGTERM, which SIGKILL may follow: SLURM's KillWait is 30 s by default, and seldom below 5
@@ -62,9 +65,9 @@ class Watchdog:
     words to failed-rank-<r>.txt, kills the workers and ends the process, also from within a call that never returns. If
     something holds Python's lock for ever, a thread without Python writes the stacks and ends it, with exit code 1.
     SIGQUIT from outside writes the stacks, too, and training goes on. So does SIGTERM, once, if no beat follows it and
-    the last was a second before: such a rank waits for one that hung, and is to be ended for that. How far the process
-    has come is written once a second, if that has changed. An error on the way to a file is told once; the watch goes
-    on.
+    the last was a second before: such a rank may wait for one that hung, and be ended for that. Where it ends in order
+    these stacks are taken back. How far the process has come is written once a second, if that has changed. An error on
+    the way to a file is told once; the watch goes on.
 
     A process that was suspended for longer than the time-out counts as hung.
 
@@ -75,7 +78,8 @@ class Watchdog:
         self.files, self.world, self.progress = files, world, progress
         self.host = socket.gethostname()
         self._last = Beat(time.monotonic(), "the start", inf)
-        self._looked = self._told = -inf  # when SIGTERM was last looked for, and had come
+        self._told = -inf  # when SIGTERM came
+        self._wanted: int | None = None  # bytes of the stacks' file without those written because of it
         self._written: Beat | None = None
         self._told_unwritten = False
         self._stopped = threading.Event()
@@ -85,7 +89,7 @@ class Watchdog:
         self.beat("the start", allowed_seconds)
         self.files.logs.mkdir(parents=True, exist_ok=True)
         self._file = self._opened()
-        # Workers are forked, and inherit this: each writes its own stack into this file when it is sent SIGQUIT.
+        # Forked workers inherit this: each writes its own stack into this file when it is sent SIGQUIT.
         faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
         self._arm(allowed_seconds)
         self._terminations = Terminations()
@@ -99,13 +103,19 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
         self._file.close()
-        if self.files.stacks.is_file() and self.files.stacks.stat().st_size == 0:
-            self.files.stacks.unlink()
+        self._tidy(well)
         if well:
             self.files.state.unlink(missing_ok=True)
         else:
             self._written = None  # a step may have ended since the last beat
             self._tell_state()
+
+    def _tidy(self, well: bool) -> None:
+        stacks = self.files.stacks
+        if well and self._wanted is not None and stacks.is_file():
+            os.truncate(stacks, self._wanted)
+        if stacks.is_file() and stacks.stat().st_size == 0:
+            stacks.unlink()
 
     def _opened(self) -> IO:
         try:
@@ -125,28 +135,30 @@ class Watchdog:
         return State(files.rank, self.world, self.host, os.getpid(), last.doing, *self.progress(), at, files.attempt)
 
     def _watch(self) -> None:
+        now = time.monotonic()
         while True:
-            last = self._last
-            left = last.allowed_seconds - (time.monotonic() - last.at)
+            last, before, now = self._last, now, time.monotonic()
+            left = last.allowed_seconds - (now - last.at)
             if left <= 0:
-                self._end(last)
+                self._end(last, now - before)
             self._tell_state()
-            self._look_for_an_answer()
+            self._look_for_an_answer(before, now)
             self._arm(left)
-            if self._stopped.wait(min(1.0, left)):
+            if self._stopped.wait(min(LOOK_SECONDS, left)):
                 return
 
     def _arm(self, left: float) -> None:
         faulthandler.dump_traceback_later(left + LOCKED_SECONDS, exit=True, file=self._file)
 
-    def _look_for_an_answer(self) -> None:
-        looked, self._looked = self._looked, time.monotonic()
+    def _look_for_an_answer(self, before: float, now: float) -> None:
+        """before, now: when it was last looked for, and is."""
         if self._terminations.came() and self._told < self._last.at:
-            self._told = looked  # or after that: a beat since then may have been the answer
-        waited = self._looked - self._told
+            self._told = before  # or after that: a beat since then may have been the answer
+        waited = now - self._told
         if self._told <= self._last.at or waited < ANSWER_SECONDS:
             return
         try:
+            self._wanted = self.files.stacks.stat().st_size if self.files.stacks.is_file() else None
             self._write_stacks(f"no sign of life in the {waited:.0f} s since SIGTERM")
         except OSError as error:
             self._say(f"the stacks cannot be written: {error}")
@@ -163,10 +175,13 @@ class Watchdog:
                 self._say(f"{self.files.state} cannot be written: {error}")
             self._told_unwritten = True
 
-    def _end(self, last: Beat) -> None:
-        """Last words first: they are short, and a full disk or a dead file system may stop what comes after."""
+    def _end(self, last: Beat, still: float) -> None:
+        """Last words first: they are short, and a full disk or a dead file system may stop what comes after. still: how
+        long this thread, which runs every second, had not run.
+        """
         idle = time.monotonic() - last.at
-        what = f"{HANG} {idle:.0f} s; all stacks are in {self.files.stacks}"
+        suspended = f", {SUSPENDED} {still:.0f} s of them" if still > max(LOOK_SECONDS + 1, idle / 2) else ""
+        what = f"{HANG} {idle:.0f} s{suspended}; all stacks are in {self.files.stacks}"
         main = sys._current_frames()[threading.main_thread().ident]
         try:
             self._written = None
@@ -183,13 +198,14 @@ class Watchdog:
             os._exit(HUNG)
 
     def _write_stacks(self, what: str) -> None:
-        workers = [worker.pid for worker in multiprocessing.active_children()]
+        workers = [w.pid for w in multiprocessing.active_children() if isinstance(w, ForkProcess)]
         children = "".join(f"  worker process {pid}: {_kernel_state(pid)}\n" for pid in workers)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(self._file.fileno(), f"\n{now}: {self.state()}:\n{what}\n{children}".encode())
         faulthandler.dump_traceback(self._file, all_threads=True)
         for pid in workers:
-            os.kill(pid, signal.SIGQUIT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGQUIT)
 
     def _say(self, text: str) -> None:
         # Not print: the thread that hangs may hold the lock of the stream.

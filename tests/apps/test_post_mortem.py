@@ -12,7 +12,7 @@ import pytest
 from diffusion_trainer.apps import post_mortem
 from diffusion_trainer.apps.post_mortem import Blame, culprit, recorded, screen
 from diffusion_trainer.callbacks import attempts
-from diffusion_trainer.callbacks.last_words import HANG, RankFiles, State, write_failure
+from diffusion_trainer.callbacks.last_words import HANG, SUSPENDED, RankFiles, State, write_failure
 from diffusion_trainer.callbacks.watchdog import HUNG
 from diffusion_trainer.conventions import PassingError, UserError
 
@@ -59,6 +59,9 @@ CASES = {  # what ranks said, in that order (rank, words, doing); exit codes; wh
         [(0, LOST, "x")], {0: 1, 2: 2}, Blame(2, "failed with exit code 2")),
     "a stopped rank: the others wait for it": (
         [(0, HUNG_WORDS, "x"), (2, HUNG_WORDS, "x")], {0: HUNG}, Blame(1, "was not heard of (stopped, or lost)")),
+    "a suspended rank that was woken to be ended, and spoke then": (
+        [(0, HUNG_WORDS, "waiting for data"), (1, HUNG_WORDS, "x"), (2, f"{HANG} 17 s, {SUSPENDED} 16 s of them", "x")],
+        {}, Blame(2, "hung")),
     "a rank without data: the others wait for it": (
         [(0, HUNG_WORDS, "x"), (2, HUNG_WORDS, "waiting for data"), (1, HUNG_WORDS, "x")], {0: HUNG, 2: HUNG, 1: HUNG},
         Blame(2, "hung")),

@@ -1,6 +1,8 @@
 """A process that makes no progress ends by itself, whatever holds it; one that does is left alone."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from diffusion_trainer.callbacks.heartbeat import Heartbeat
-from diffusion_trainer.callbacks.last_words import RankFiles, State, state_of
+from diffusion_trainer.callbacks.last_words import HANG, SUSPENDED, RankFiles, State, state_of
 from diffusion_trainer.callbacks.watchdog import HUNG, Watchdog
 
 pytestmark = pytest.mark.slow
@@ -75,9 +77,26 @@ def asleep_while_a_worker_is_told():
     sleeper.join()
     time.sleep(3)
 
+def stopping_in_order():
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    if sys.argv[3:]:
+        signal.raise_signal(signal.SIGQUIT)
+    spawned = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(100,))
+    spawned.start()
+    time.sleep(1.5)
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(3)
+    print("since SIGTERM" in dog.files.stacks.read_text(), spawned.is_alive())
+    spawned.kill()
+
 def told():
     loader._outlive_a_stop(0)
     signal.raise_signal(signal.SIGTERM)
+
+def waiting():
+    dog.beat("a step", 3.5)
+    print("ready", flush=True)
+    time.sleep(100)
 
 def holding_the_lock_of_python():
     library = ctypes.PyDLL(None)
@@ -97,11 +116,11 @@ print("went on")
 """
 
 
-def ended(folder, what: str) -> tuple[subprocess.CompletedProcess, str]:
+def ended(folder, *what: str) -> tuple[subprocess.CompletedProcess, str]:
     """The process and its stacks."""
     begin = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), what], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", SCRIPT, str(folder), *what], capture_output=True, text=True, check=False, timeout=60
     )
     assert time.monotonic() - begin < 30
     stacks = RankFiles(folder, 3).stacks
@@ -181,6 +200,26 @@ def test_one_that_beats_goes_on_and_leaves_nothing(tmp_path, what):
     done, _ = ended(tmp_path, what)
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_stacks_of_one_that_was_slow_to_answer_are_taken_back_and_those_that_were_asked_for_are_not(tmp_path, asked):
+    """And a process that was not forked, which SIGQUIT would end, goes on."""
+    done, stacks = ended(tmp_path, "stopping_in_order", *["asked"] * asked)
+    assert (done.returncode, done.stdout) == (0, "True True\nwent on\n"), done.stderr
+    assert "SIGTERM" not in stacks
+    assert ("in stopping_in_order" in stacks) == asked
+    assert list(tmp_path.iterdir()) == ([RankFiles(tmp_path, 3).stacks] if asked else [])
+
+
+def test_one_that_was_suspended_says_so(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "waiting"], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(20) == HUNG
+    assert re.search(rf"{HANG} [4-9] s, {SUSPENDED} [4-9] s of them; all", RankFiles(tmp_path, 3).failed.read_text())
 
 
 def test_a_failure_leaves_the_state_as_it_was_in_the_end(tmp_path):
@@ -286,5 +325,14 @@ def test_a_callback_may_ask_for_more_time_but_not_for_less(beats):
     heartbeat.run.beat("the wait for a checkpoint", 3600)
     heartbeat.run.beat("what follows a step", 1)
     assert told[3:] == [("the wait for a checkpoint", 3600), ("what follows a step", 10)]
-    heartbeat.on_train_end(module, module)
+
+
+def test_after_the_last_step_no_data_is_waited_for(beats):
+    """Before any callback's on_train_end, where ranks may wait for each other; and behind the last of them."""
+    heartbeat, module, told = beats
+    heartbeat.on_train_batch_end(module, module, None, None, 1)
+    heartbeat.on_train_epoch_end(module, module)
     assert told[-1] == ("the end", 20)
+    heartbeat._of_the_model(module.model, ())
+    heartbeat.on_train_end(module, module)
+    assert told[-2:] == [("a training step", 10), ("the end", 20)]

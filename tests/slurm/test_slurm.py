@@ -163,6 +163,9 @@ def test_a_process_that_breaks_is_killed_or_hangs_ends_the_job_which_goes_on_fro
         assert HANG_SECONDS <= seconds < 2 * HANG_SECONDS, stacks
         assert "most recent call first" in stacks
     assert "T (stopped)" in stacks  # the worker
+    for start, rank in enumerate((0, 1, 1, 0, 1, 1), 1):
+        said = (logs[start] / "post-mortem.txt").read_text().splitlines()[0]
+        assert re.search(rf": rank {rank} of 2 (hung|was not heard of|failed)", said), (start, said)
 
 
 def test_a_job_that_has_lost_a_node_ends_on_the_other_waits_for_another_and_goes_on(
