@@ -47,8 +47,11 @@ class LocalCluster:
         if nodes < 1:
             raise ClusterError(f"a cluster has at least one node, not {nodes}")
         self.folder, self.cpus = folder.absolute(), cpus or os.cpu_count() or 1
-        if len(str(self.folder / "munge" / "socket")) > SOCKET_LIMIT:
-            raise ClusterError(f"the path {self.folder} is too long for a socket in it: give a shorter --folder")
+        if len(str(self.folder / "munge" / "socket")) > SOCKET_LIMIT or re.search(r"[\s#,=]", str(self.folder)):
+            raise ClusterError(
+                f"the path {self.folder} is too long for a socket in it, or has a character that slurm.conf cannot "
+                "have in a path: give another --folder"
+            )
         self.nodes = [f"node{i + 1}" for i in range(nodes)]
         self.conf = self.folder / "slurm.conf"
         self._daemons: list[tuple[str, subprocess.Popen]] = []
@@ -69,6 +72,8 @@ class LocalCluster:
             raise ClusterError(f"{', '.join(missing)} not found; Debian, Ubuntu: apt-get install slurm-wlm munge")
         if self.processes():
             raise ClusterError(f"a cluster is up in {self.folder} already: take it down, or give another --folder")
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not self.conf.is_file():
+            raise ClusterError(f"{self.folder} has files that are of no cluster: give a --folder that is new or empty")
         self._write()
         try:
             self._start()
@@ -223,6 +228,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         cluster = LocalCluster(options.folder, options.nodes, options.cpus)
         if options.verb == "down":
+            if not cluster.conf.is_file():
+                raise ClusterError(
+                    f"there is no cluster in {cluster.folder}: give the --folder that it was started with"
+                )
             cluster.down()
             return 0
         cluster.up()

@@ -22,7 +22,8 @@ case "$1 $2" in
   "show job")
     if [ -e slow ] && [ -e sruns ]; then touch asked; sleep 2; fi
     restarts=$(cat restarts 2> /dev/null || echo ${{SLURM_RESTART_COUNT:-0}})
-    echo "{job} Restarts=$restarts EndTime=$(cat end 2> /dev/null || echo Unknown) Power=" ;;
+    requeues=$(cat requeues 2> /dev/null || echo 1) end=$(cat end 2> /dev/null || echo Unknown)
+    echo "{job} Requeue=$requeues Restarts=$restarts EndTime=$end Power=" ;;
   *) echo "$@" >> requeued ;;
 esac""",
         tools / "srun": """
@@ -58,7 +59,8 @@ exit $(cat "code-$SLURM_PROCID" 2> /dev/null || cat code)""",
 def cluster(tmp_path):
     """A folder with a .venv that echoes its arguments, and srun and scontrol on the path. Files in it are for ranks
     that train: code-<rank>, or code for all, their exit codes; kill-<rank>: a signal to the shell that watches one;
-    doctor-code and doctor-kill: the same for the doctor's; slow: scontrol is, after the ranks have ended.
+    doctor-code and doctor-kill: the same for the doctor's; slow: scontrol is, after the ranks have ended;
+    requeues: 0, the job is not to be put back.
     """
     tools = tmp_path / "tools"
     tools.mkdir()

@@ -221,6 +221,13 @@ def test_a_stop_late_in_a_jobs_time_that_has_got_no_further_counts(start, tmp_pa
     assert stops(start, 3, 143) == [False, False, counts]
 
 
+def test_a_job_that_is_not_to_be_put_back_ends_at_once_and_says_how_to_resume(start, requeued, tmp_path):
+    (tmp_path / "requeues").write_text("0")
+    result = start(1)
+    assert (result.returncode, requeued()) == (1, 0)
+    assert "exit code 1: submitted with --no-requeue. Resume: cd " in result.stderr
+
+
 def test_nothing_outlives_a_script_that_is_killed_as_it_asks_how_the_job_is(cluster, tmp_path):
     """SLURM may miss what is forked in that moment, and its answer has no reader."""
     (tmp_path / "code").write_text("1")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Slurm:
 
     def submit(self, script: Path) -> str:
         """The new job's number."""
-        return self._run("sbatch", "--parsable", str(script)).strip().split(";")[0]  # <job>;<cluster>
+        text = self._run("sbatch", "--parsable", *_directives(script.read_text()), str(script))
+        return text.strip().split(";")[0]  # <job>;<cluster>
 
     def cancel(self, job: str) -> None:
         """It is told to stop, saves, and does not come back."""
@@ -58,7 +60,7 @@ class Slurm:
 
     def rehearse(self, script: str) -> str:
         """What `sbatch --test-only` says to the text of a script: when it would start, and where."""
-        done = self._start("sbatch", "--test-only", stdin=script)
+        done = self._start("sbatch", "--test-only", *_directives(script), stdin=script)
         if done.returncode:
             raise UserError("\n".join([f"sbatch: {_reason(done)}", *self._partitions_if_known()]))
         return re.sub(r"^sbatch: ", "", (done.stderr or done.stdout).strip(), flags=re.MULTILINE)
@@ -110,6 +112,14 @@ class Slurm:
             raise UserError(_MISSING.format(command[0])) from error
         except subprocess.TimeoutExpired:
             return subprocess.CompletedProcess(command, 1, "", f"no answer within {SECONDS} s")
+
+
+def _directives(script: str) -> list[str]:
+    """The options of its #SBATCH lines, for the command line: in the script itself SBATCH_TIMELIMIT and its like, which
+    sites and users set in their profiles, would overrule what has been checked and shown.
+    """
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH ")]
+    return [option for line in lines for option in shlex.split(line.removeprefix("#SBATCH "))]
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

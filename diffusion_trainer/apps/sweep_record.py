@@ -43,7 +43,14 @@ class Entry:
         path = folder / self.report if self.report else None
         if not (ended or self.state in (DONE, PRUNED)) or path is None or not path.is_file():
             return {}
-        return json.loads(path.read_text())["metrics"]
+        try:
+            return dict(json.loads(path.read_text())["metrics"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(
+                f"WARNING: {path} has no metrics that can be read ({error!r}): the point is shown without",
+                file=sys.stderr,
+            )
+            return {}
 
 
 class Record:
@@ -67,6 +74,8 @@ class Record:
             text = json.loads(path.read_text())
             record = cls(folder, **{name: text[name] for name in ("verb", "study", "metric", "direction")})
             record.entries, record.others = ([Entry(**e) for e in text[name]] for name in ("points", "others"))
+            for entry in (*record.entries, *record.others):
+                entry.values()
             return record
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"there is no {path}: give the folder of a sweep, where its table.csv is") from error

@@ -14,8 +14,8 @@ from written_runs import config_of, write_run
 
 from diffusion_trainer.apps import cli as console
 from diffusion_trainer.apps import folder as folders
-from diffusion_trainer.apps import folder_lock, submit
-from diffusion_trainer.apps.jobs import GONE, OVER, UNKNOWN, Slurm
+from diffusion_trainer.apps import folder_lock, job_script, submit
+from diffusion_trainer.apps.jobs import GONE, OVER, UNKNOWN, Slurm, _directives
 from diffusion_trainer.callbacks.checkpointing import SAVE_SECONDS
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.checkpoint_files import MANIFEST, write_manifest
@@ -56,7 +56,9 @@ def test_a_job_is_submitted_and_says_where_to_look(slurm, run, capsys):
     assert console.run(["submit", "nodes=2", *run]) == 0
     folder = Path("runs/digits").absolute()
     script = folder / "job.sbatch"
-    assert slurm.read("submitted") == f"--parsable {script}\n"
+    options = [line.removeprefix("#SBATCH ") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "--nodes=2" in options
+    assert slurm.read("submitted") == " ".join(["--parsable", *options, f"{script}\n"])
     assert slurm.read("rehearsed") == script.read_text() == submit.prepare(["nodes=2", *run]).text
     shown = capsys.readouterr().out
     assert "job 4711 is submitted: run digits on 2 nodes x 1 process, 04:00:00 at a time\n" in shown
@@ -208,6 +210,13 @@ def test_a_job_is_no_part_of_the_job_that_it_is_submitted_from(slurm, run, monke
     names = {line.split("=")[0] for line in slurm.read("environment").splitlines()}
     assert {n for n in names if n.startswith("SLURM_")} == {"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"}
     assert "MINE" in names
+
+
+def test_the_options_of_a_script_are_given_on_the_command_line_too_as_they_are_read_there():
+    """SBATCH_PARTITION and its like overrule a script, and not the command line."""
+    options = {"constraint": "a100 & ib", "exclusive": True, "comment": "it's $HOME"}
+    text = job_script.render(options, ["#SBATCH_ME=1", "echo"])
+    assert _directives(text) == ["--constraint=a100 & ib", "--exclusive", "--comment=it's $HOME"]
 
 
 def test_job_renders_one_command_into_a_script(slurm, run):

@@ -67,6 +67,22 @@ def test_it_sorts_by_a_metric_and_says_what_is_best(capsys):
     assert [line.split()[0] for line in lines[3:-2]] == ["0.7", *reversed(FIDS)]
 
 
+@pytest.mark.parametrize("text", ['{"metr', "{}", '{"metrics": null}', "[]"])
+def test_a_report_that_is_damaged_costs_its_own_point_alone(capsys, text):
+    Path("home", "0.2.json").write_text(text)
+    assert console.run(["sweep-report", "sweep=home", "sort=fid"]) == 0
+    shown = capsys.readouterr()
+    assert "WARNING: home/0.2.json has no metrics that can be read" in shown.err
+    assert "best fid: 2 with optimizer.lr=0.4" in shown.out
+
+
+def test_a_record_whose_points_are_not_key_and_value_is_named(sweep):
+    path = Path("home", "sweep.json")
+    path.write_text(path.read_text().replace("optimizer.lr=0.2", "optimizer.lr"))
+    with pytest.raises(UserError, match=r"home/sweep.json cannot be read"):
+        Record.read(Path("home"))
+
+
 def test_a_search_sorts_by_its_own_metric(capsys, sweep):
     searched = Record(Path("home"), "evaluate", "study", "accuracy", "maximize")
     searched.entries = sweep.entries

@@ -35,3 +35,20 @@ def test_it_is_up_for_whoever_follows_its_lines_until_it_is_taken_down():
         assert (down.returncode, down.stderr) == (0, "")
         assert not cluster_jobs.script().LocalCluster(Path(folder)).processes()
         assert script("down", "--folder", folder).returncode == 0  # of what is down already
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    for name in ("state", "spool", "munge"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").touch()
+    up = script("up", "--folder", str(tmp_path))
+    assert (up.returncode, "has files that are of no cluster" in up.stderr) == (2, True), up.stderr
+    assert len([*tmp_path.rglob("mine.txt")]) == 3
+    down = script("down", "--folder", str(tmp_path))
+    assert (down.returncode, f"there is no cluster in {tmp_path}" in down.stderr) == (2, True), down.stderr
+
+
+def test_a_path_that_its_configuration_cannot_have_is_refused(tmp_path):
+    up = script("up", "--folder", str(tmp_path / "a b"))
+    assert (up.returncode, "give another --folder" in up.stderr) == (2, True), up.stderr
+    assert not (tmp_path / "a b").exists()

@@ -48,6 +48,21 @@ def ended(cluster, folder: Path, name: str, number: str) -> tuple[dict[str, str]
     return cluster_jobs.over(cluster, number, lambda: path.read_text(errors="replace") if path.is_file() else "")
 
 
+def test_variables_of_a_profile_do_not_overrule_what_was_shown(cluster, folder, submit, monkeypatch):
+    """sbatch lets them overrule a script. Without a requeue the run would not come back."""
+    given = {"PARTITION": "main", "TIMELIMIT": "1", "NO_REQUEUE": "1", "SIGNAL": "USR1@5", "OPEN_MODE": "truncate"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    code, output = submit("partition=high", "time=02:00:00", "name=profile", "+sbatch_options.hold=true")
+    assert "in partition high, 02:00:00 at a time" in output
+    assert code == 0, output
+    number = number_of(output)
+    job = cluster.job(number)
+    assert (job["Partition"], job["TimeLimit"], job["Requeue"]) == ("high", "02:00:00", "1")
+    assert "StdOut" in job
+    cluster.run("scancel", number)
+
+
 def test_one_command_trains_on_two_nodes_goes_on_and_says_when_it_is_done(cluster, folder, submit):
     """From the first to the last: submitted, refused while it waits, done, refused when changed, resumed."""
     code, output = submit("num_images=320", "+sbatch_options.hold=true")
