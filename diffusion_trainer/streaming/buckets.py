@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from math import lcm
 
 import numpy as np
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.order import Mix, Order, Places, turns_of
+from diffusion_trainer.streaming.order import Mix, Order, Places, turns_of, written
 
 
 def nearest(sizes: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarray:
@@ -117,7 +116,7 @@ def _parts(counts: Sequence[Sequence[int]], weights: Sequence[float]) -> list[li
     """Of each bucket, and of each source in it, its part of all samples: what its samples there are of the source,
     times the source's weight. Exactly, as whole numbers in proportion."""
     totals = [sum(source) for source in zip(*counts, strict=True)]
-    exact = [[Fraction(w) * c / n for w, c, n in zip(weights, bucket, totals, strict=True)] for bucket in counts]
+    exact = [[written(w) * c / n for w, c, n in zip(weights, bucket, totals, strict=True)] for bucket in counts]
     unit = lcm(*(part.denominator for bucket in exact for part in bucket))
     return [[int(part * unit) for part in bucket] for bucket in exact]
 

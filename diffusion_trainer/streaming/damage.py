@@ -5,6 +5,8 @@ from typing import ClassVar, NamedTuple
 
 from diffusion_trainer.conventions import UserError, plain
 
+LONGEST = 1000  # characters of a message
+
 
 class Damage(Exception):
     """A sample cannot be used; it is replaced and counted. The message says what was found."""
@@ -12,7 +14,8 @@ class Damage(Exception):
     kind: ClassVar[str] = "damaged"  # its name in reports
 
     def __str__(self) -> str:
-        return plain(super().__str__())
+        text = super().__str__()  # which may hold names of a stranger's, and goes into logs, tables and checkpoints
+        return plain(text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
 
 
 class Truncated(Damage):

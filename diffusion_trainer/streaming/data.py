@@ -17,7 +17,7 @@ from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.fields import Decoder, Draws, Field
 from diffusion_trainer.streaming.index import SIZES, Shard
 from diffusion_trainer.streaming.loader import Layout, Loader
-from diffusion_trainer.streaming.order import Mix, Order, shares
+from diffusion_trainer.streaming.order import Mix, Order, in_proportion
 from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.stores import LocalStore, Store, remedy, stale
 
@@ -128,7 +128,7 @@ class ShardData(Data):
             Order(np.array([shard.samples for shard in shards]), seed, name, lanes, self.window)
             for name, shards in self.by_source.items()
         ]
-        return Mix(orders, shares(weights, self.mixing_period))
+        return Mix(orders, in_proportion(weights, self.mixing_period), self.mixing_period)
 
     def _buckets_of(self, shard: Shard) -> np.ndarray:
         if shard.sizes is None:

@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffusion_trainer.streaming.numeric import REFUSED
 MAX_PIXELS = 1 << 26
 MAX_BYTES = 1 << 26  # of text, or of the arrays of an npz
 SHOWN = 100  # characters
+MEMBERS = 16  # of an npz that are looked at: each is found by reading the list of all again
 NONE = SampleDraws(0, 0)  # nothing here is augmented
 LABEL, TEXT, JSON = Label(), Text(max_bytes=MAX_BYTES), Json(max_bytes=MAX_BYTES)
 
@@ -64,7 +66,9 @@ def _archive(data: memoryview) -> Description:
         raise undecodable(f"it is no npz ({error})", data) from error
     if sum(sizes.values()) > MAX_BYTES:
         raise TooLarge(f"the arrays of its npz have {sum(sizes.values())} bytes")
-    return Description(", ".join(f"{name} {_array(npz(data, name, MAX_BYTES)).shape}" for name in sizes))
+    shown = [f"{_short(name)} {_array(npz(data, name, MAX_BYTES)).shape}" for name in islice(sizes, MEMBERS)]
+    more = [f"{len(sizes) - MEMBERS} more"] * (len(sizes) > MEMBERS)
+    return Description(", ".join([*shown, *more]))
 
 
 def _label(data: memoryview) -> Description:

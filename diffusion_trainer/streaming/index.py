@@ -27,7 +27,9 @@ INDEX = "index.json"
 OFFSETS, CHECKSUMS, SIZES = ".idx", ".crc", ".size"
 KIND = {"__kind__": "wids-shard-index-v1", "wids_version": 1}
 MAX_SHARD = 1 << 40  # bytes that one may have
-_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate, which JSON may have and no file's name
+# What no file beside an index has in its name: half of a surrogate, which JSON may have, a folder, the end of a string
+# of C, and at its beginning what makes it a command (urls.PIPE).
+_ELSEWHERE = re.compile("[\ud800-\udfff/\0]|^pipe:", re.MULTILINE)
 MAX_CRC32 = (1 << 32) - 1
 OWN = ("offsets", "checksums", "sizes")  # CRC-32s of the files beside a shard
 LARGEST = {  # of the numbers in an entry, as `Shard` has them in order
@@ -104,8 +106,8 @@ def _whole(entry: Mapping[str, Any], key: str, most: int) -> int:
 
 
 def _name(url: Any) -> str:
-    """Of a file beside the index, and of no other place."""
-    if not isinstance(url, str) or _HALF.search(url) or "/" in url or "\0" in url or url in ("", ".", ".."):
+    """Of a file beside the index, and of no other place or command."""
+    if not isinstance(url, str) or _ELSEWHERE.search(url) or url in ("", ".", ".."):
         raise ValueError(f"it names {repr(url)[:200]}, which is not beside it; an index holds the names of its folder")
     return url
 
@@ -128,8 +130,7 @@ def _is_plain(names: Sequence, *numbers: Sequence) -> bool:
     """Whether no entry lacks anything, and `shard_of` would take all of them as they are."""
     if {type(name) for name in names} - {str} or {type(n) for column in numbers for n in column} - {int}:
         return False
-    letters = "".join(names)
-    if _HALF.search(letters) or "/" in letters or "\0" in letters or not {"", ".", ".."}.isdisjoint(names):
+    if _ELSEWHERE.search("\n".join(names)) or not {"", ".", ".."}.isdisjoint(names):
         return False
     in_bounds = (not c or (min(c) >= 0 and max(c) <= most) for c, most in zip(numbers, LARGEST.values(), strict=False))
     return all(in_bounds) and all(n <= size // BLOCK for n, size in zip(*numbers[:2], strict=True))

@@ -156,10 +156,10 @@ def _scan(site: Site, keep_damaged: bool, image_sizes: bool) -> Result:
 def _sizes(path: Path, found: Scan) -> np.ndarray:
     """(n, 2) height and width of each sample's image, from its header; 0 where there is none."""
     sizes = np.zeros((len(found.checksums), 2), "<u4")
-    cut = Cutter()
-    with path.open("rb") as file:
-        for row, (first, last) in enumerate(pairwise(found.offsets.tolist())):
-            file.seek(first)
-            members = cut(memoryview(file.read(last - first)))
-            sizes[row] = next((image_size(members[e]) for e in IMAGES if e in members), (0, 0))
+    if not len(sizes):
+        return sizes
+    cut, data = Cutter(), memoryview(np.memmap(path, mode="r"))  # a sample may be larger than the memory
+    for row, (first, last) in enumerate(pairwise(found.offsets.tolist())):
+        members = cut(data[first:last])
+        sizes[row] = next((image_size(members[e]) for e in IMAGES if e in members), (0, 0))
     return sizes

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property, lru_cache
-from math import gcd
+from math import ceil, gcd, lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -139,18 +140,21 @@ class Places(NamedTuple):
     sample: np.ndarray  # of the shard
 
 
-def shares(weights: Sequence[float], period: int) -> list[int]:
-    """Whole numbers in proportion to the weights that sum to `period` (largest remainders); UserError if one is 0."""
-    exact = np.asarray(weights, float) / np.sum(weights) * period
-    whole = np.floor(exact).astype(int)
-    largest = np.argsort(whole - exact, kind="stable")[: period - whole.sum()]
-    whole[largest] += 1
-    if not whole.all():
+def written(weight: float) -> Fraction:
+    """The number that was written down: 0.6 is 3/5, not the nearest binary number."""
+    return Fraction(str(weight))
+
+
+def in_proportion(weights: Sequence[float], period: int) -> list[int]:
+    """Whole numbers in the weights' very proportion; UserError if one is too small to come in each period."""
+    exact = [written(weight) for weight in weights]
+    if min(exact) * period < sum(exact):
         raise UserError(
-            f"a source with weight {np.min(weights)} of {np.sum(weights):g} would never come in a mixing period of "
-            f"{period} samples; use a mixing_period of at least {int(np.ceil(np.sum(weights) / np.min(weights)))}"
+            f"a source with weight {min(weights)} of {float(sum(exact)):g} would not come in each mixing period of "
+            f"{period} samples; use a mixing_period of at least {ceil(sum(exact) / min(exact))}"
         )
-    return whole.tolist()
+    unit = lcm(*(weight.denominator for weight in exact))
+    return [int(weight * unit) for weight in exact]
 
 
 def turns(shares: Sequence[int], *key: int | str) -> tuple[np.ndarray, np.ndarray]:

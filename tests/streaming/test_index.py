@@ -235,7 +235,20 @@ LIES = {
     "crc32": [-1, 1 << 32, "abc", float("inf"), None],
     "offsets": [-1, 1 << 32, "abc", float("inf"), False],
     "checksums": [-1, 1 << 32, "abc", float("inf"), False],
-    "url": [None, 5, "", ".", "..", "x\0.tar", "../x.tar", "/x.tar", "a/x.tar", ["x.tar"], "\ud800.tar"],
+    "url": [
+        None,
+        5,
+        "",
+        ".",
+        "..",
+        "x\0.tar",
+        "../x.tar",
+        "/x.tar",
+        "a/x.tar",
+        ["x.tar"],
+        "\ud800.tar",
+        "pipe:touch x; cat y.tar",
+    ],
 }
 
 

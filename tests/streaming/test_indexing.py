@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -134,12 +136,13 @@ def test_progress_counts_shards_and_bytes(tars):
     assert said[-1][1] == sum(p.stat().st_size for p in tars)
 
 
-def test_the_sizes_of_images_for_buckets(tmp_path):
-    def picture(format: str, size: tuple[int, int]) -> bytes:
-        out = BytesIO()
-        Image.new("RGB", size).save(out, format)
-        return out.getvalue()
+def picture(format: str, size: tuple[int, int]) -> bytes:
+    out = BytesIO()
+    Image.new("RGB", size).save(out, format)
+    return out.getvalue()
 
+
+def test_the_sizes_of_images_for_buckets(tmp_path):
     data = member("a.jpg", picture("jpeg", (30, 20))) + member("b.PNG", picture("png", (5, 9)))
     path = tmp_path / "x.tar"
     path.write_bytes(data + member("c.png", b"no picture") + member("d.cls", b"1") + END)
@@ -155,6 +158,22 @@ def test_the_sizes_of_images_for_buckets(tmp_path):
     (tmp_path / "index.json").write_bytes(serialized([replace(shard, sizes=None)]))  # as it was before they were summed
     assert index([path], 1, image_sizes=True).known == 0
     assert read_index(tmp_path / "index.json") == [shard]
+
+
+def test_the_sizes_of_images_beside_what_is_larger_than_the_memory(tmp_path):
+    large, header = 1 << 26, tarfile.TarInfo("a.bin")
+    header.size = large
+    with open(tmp_path / "x.tar", "wb") as file:
+        file.write(header.tobuf())
+        file.seek(large, os.SEEK_CUR)
+        file.write(member("a.png", picture("png", (5, 9))) + END)
+    tracemalloc.start()
+    try:
+        index([tmp_path / "x.tar"], 1, image_sizes=True)
+        assert tracemalloc.get_traced_memory()[1] < large // 4
+    finally:
+        tracemalloc.stop()
+    assert np.frombuffer((tmp_path / "x.tar.size").read_bytes(), "<u4").tolist() == [9, 5]
 
 
 def test_a_few_bytes_are_not_worth_a_process(tars, monkeypatch):

@@ -96,6 +96,14 @@ def bomb_png(side: int) -> bytes:
     return bytes(data)
 
 
+def test_an_archive_of_many_arrays_is_described_by_the_first_few():
+    """Each costs a look at the list of all."""
+    text = describe("npz", memoryview(npz(**{f"a{k}": np.zeros(2) for k in range(2000)}))).shape
+    assert text.startswith("a0 (2,) float64, a1 (2,) float64, ")
+    assert text.endswith(", 1984 more")
+    assert text.count("float64") == 16
+
+
 def bomb_npz(size: int, count: int = 1) -> bytes:
     """Zeros, a thousandth of their size."""
     file = io.BytesIO()

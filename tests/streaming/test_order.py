@@ -11,7 +11,7 @@ from streaming.making import theorem
 from streaming.orders import COUNTS, EPOCHS, LANES, SEEDS, WINDOWS, lane_of, order, stream
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.order import Mix, Order, permutation, shares
+from diffusion_trainer.streaming.order import Mix, Order, permutation
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000])
@@ -154,7 +154,7 @@ def test_the_thousand_millionth_sample_of_a_hundred_thousand_shards_comes_at_onc
     counts = 9_000 + np.arange(100_000) % 2_001
 
     def batch():
-        mix = Mix([Order(counts, 0, f"{s}", lanes, 16384) for s in range(sources)], shares([1] * sources, 1000))
+        mix = Mix([Order(counts, 0, f"{s}", lanes, 16384) for s in range(sources)], [1] * sources, 1000)
         return mix(range(10**9, 10**9 + 256))
 
     begin = time.process_time()

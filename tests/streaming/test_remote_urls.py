@@ -45,6 +45,15 @@ def test_secrets_stay_out_of_urls_and_messages(url, make):
     assert "secret" not in str(caught.value)
 
 
+def test_an_index_brings_no_command_though_ones_own_are_allowed(tmp_path, make, monkeypatch):
+    """In the working folder, whose names have nothing before them."""
+    monkeypatch.chdir(tmp_path)
+    write_index(tmp_path, [Shard("pipe:touch done; cat x #.tar", 1, 2048, 3)])
+    with pytest.raises(UserError, match="not beside it"):
+        make(allow_pipe=True).find("*.tar")
+    assert not (tmp_path / "done").exists()
+
+
 def test_an_index_names_files_of_its_folder_alone(server, folder, tmp_path, make):
     write_index(tmp_path, [Shard("../../x.tar", 1, 2, 3)])
     server.files[f"/{INDEX}"] = (tmp_path / INDEX).read_bytes()
