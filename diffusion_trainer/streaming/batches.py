@@ -63,10 +63,10 @@ class Reader:
 
     def look_ahead(self, layout: Layout, items: Sequence[int]) -> None:
         """Tells the store what these items will need."""
-        for item in items:
-            self.samples.store.prefetch(
-                [self.samples.span(k, i) for k, i in self.places(layout.numbers(item)).tolist()]
-            )
+        places = [self.places(layout.numbers(item)).tolist() for item in items]
+        self.samples.expect(dict.fromkeys(k for item in places for k, _ in item))
+        for item in places:
+            self.samples.store.prefetch([self.samples.span(k, i) for k, i in item])
 
 
 @dataclass
@@ -82,11 +82,15 @@ class Items(Dataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         slot, first, self.started = self.ring.take(worker), not self.started, True
+        ahead = self._ahead(item, workers if first else 0)
+        now, later = (ahead[:1], ahead[1:]) if first else (ahead, [])  # which a first batch does not wait for
         try:
-            self.reader.look_ahead(self.layout, self._ahead(item, workers if first else 0))
+            self.reader.look_ahead(self.layout, now)
             numbers = self.layout.numbers(item)
             bucket = self.reader.stream.bucket(numbers)
-            return Piece(slot, bucket, self.reader.fill(numbers, self.ring.arrays(slot, bucket)))
+            filled = self.reader.fill(numbers, self.ring.arrays(slot, bucket))
+            self.reader.look_ahead(self.layout, later)
+            return Piece(slot, bucket, filled)
         except UserError as error:
             self.ring.give_back(slot)
             return Stop.of(error)

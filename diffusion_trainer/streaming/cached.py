@@ -13,9 +13,9 @@ import fsspec.asyn
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.damage import Truncated
 from diffusion_trainer.streaming.fetching import Part
-from diffusion_trainer.streaming.files import Files
+from diffusion_trainer.streaming.files import Files, part_of
 from diffusion_trainer.streaming.files import pieces as pieces_of
-from diffusion_trainer.streaming.index import INDEX, SIZES, Shard, parse_index
+from diffusion_trainer.streaming.index import CHECKSUMS, INDEX, OFFSETS, SIZES, Shard, parse_index
 from diffusion_trainer.streaming.remote import WITNESSES, Gone, Remote, globbed, read
 from diffusion_trainer.streaming.retries import AGAIN, Retries, Sick
 from diffusion_trainer.streaming.stores import LocalStore, Store, content, is_glob, listing, matching, remedy
@@ -182,8 +182,13 @@ class CachedStore(Store):
 
     def prefetch(self, pieces: Iterable[tuple[Shard, int, int]]) -> None:
         self._files.prefetch(
-            piece for span in pieces if is_url(span[0].url) for piece in pieces_of(*span, self.piece_bytes)
+            part_of(piece) for span in pieces if is_url(span[0].url) for piece in pieces_of(*span, self.piece_bytes)
         )
+
+    def prefetch_sidecars(self, shards: Iterable[Shard]) -> None:
+        if self.index is None:
+            there = [shard for shard in shards if is_url(shard.url)]
+            self._files.prefetch(Part.sidecar(shard, suffix) for shard in there for suffix in (OFFSETS, CHECKSUMS))
 
     @property
     def _files(self) -> Files:

@@ -52,7 +52,7 @@ class Files:
         if now > self._look_again:
             self._close_evicted()
             self._look_again = now + LOOK_SECONDS
-        descriptor, marked = self._open.get(key) or self._opened(key, shard, _part((shard, first, size), again))
+        descriptor, marked = self._open.get(key) or self._opened(key, shard, part_of((shard, first, size), again))
         if now - marked > TOUCH_SECONDS:
             touch(descriptor)
             self._open[key] = descriptor, now
@@ -109,8 +109,8 @@ def _close(opened: dict[Key, tuple[int, float]]) -> None:
         os.close(opened.popitem()[1][0])
 
 
-def _prefetch(cache: Cache, remote: Remote, retries: Retries, piece: Piece) -> None:
-    part, fewer = _part(piece), Retries(min(AHEAD_RETRIES, retries.count), retries.backoff_seconds)
+def _prefetch(cache: Cache, remote: Remote, retries: Retries, part: Part) -> None:
+    fewer = Retries(min(AHEAD_RETRIES, retries.count), retries.backoff_seconds)
     descriptor = cache.open(part.name, part.size, partial(fetch, remote, fewer, part))
     if descriptor is not None:
         os.close(descriptor)
@@ -123,6 +123,6 @@ def pieces(shard: Shard, first: int, last: int, piece_bytes: int | None) -> Iter
         yield shard, start, min(size, shard.size - start)
 
 
-def _part(piece: Piece, again: bool = False) -> Part:
+def part_of(piece: Piece, again: bool = False) -> Part:
     shard, first, size = piece
     return Part(shard, size, None if size == shard.size else first, again=again)

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from isal import isal_zlib
@@ -108,6 +108,11 @@ class Samples:
         """The sample's name in its shard."""
         named = (key_and_extension(member.name) for member in members(self.bytes_of(k, i)))
         return next(name for name in named if name is not None)[0]
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Tells the store which shards' `span` will be asked for, so that it fetches several of their index files at a
+        time."""
+        self.store.prefetch_sidecars([self.shards[k] for k in shards if k not in self._tables])
 
     def span(self, k: int, i: int) -> tuple[Shard, int, int]:
         """Shard, first and last byte."""

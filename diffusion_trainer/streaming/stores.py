@@ -54,6 +54,10 @@ class Store(ABC):
         """(shard, first byte, last byte) will be asked for soon; returns at once."""
         return None
 
+    def prefetch_sidecars(self, shards: Iterable[Shard]) -> None:
+        """As `prefetch`, of the index files beside them that say where samples lie."""
+        return None
+
 
 @dataclass
 class LocalStore(Store):

@@ -212,10 +212,15 @@ def test_pieces_are_every_Pth_place(world, micro_batches, size, step):
 class Listening(LocalStore):
     steps_ahead = 2
     told: list = field(default_factory=list)
+    sidecars: list = field(default_factory=list)  # URLs of shards, and how much had been read before
     reads: list = field(default_factory=list)  # what is read, and how much had been told before
 
     def prefetch(self, pieces):
         self.told += pieces
+
+    def sidecar(self, shard, suffix):
+        self.sidecars.append((shard.url, len(self.reads)))
+        return super().sidecar(shard, suffix)
 
     def read(self, shard, offset, into):
         self.reads.append(((shard, offset, offset + len(into)), len(self.told)))
@@ -228,5 +233,9 @@ def test_what_is_read_was_announced_some_steps_before_or_at_the_start(folder, mi
     store, layout = Listening(), Layout(8, micro_batches=micro_batches)
     pieces(shard_data(f"{folder}/*.tar", store=store), layout, range(first_step, first_step + 5))
     assert [piece for piece, _ in store.reads] == store.told[: 5 * 8]  # in the order of reading, each once
-    ahead = store.steps_ahead * 8 + layout.size
-    assert [told for _, told in store.reads] == [k // layout.size * layout.size + ahead for k in range(5 * 8)]
+    size, ahead = layout.size, store.steps_ahead * 8 + layout.size
+    told = [told for _, told in store.reads]
+    assert told[:size] == [size] * size  # the first batch waits for no other's index files
+    assert told[size:] == [k // size * size + ahead for k in range(size, 5 * 8)]
+    own = {shard.url for (shard, *_), _ in store.reads[:size]}
+    assert {url for url, reads in store.sidecars if not reads} == own

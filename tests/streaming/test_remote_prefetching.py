@@ -33,6 +33,25 @@ def test_what_was_fetched_ahead_is_not_fetched_again(piece_bytes, server, folder
     assert {name: server.count(f"/{name}") for name in NAMES} == needed
 
 
+def test_index_files_are_fetched_ahead_too_and_not_again(server, truth, make):
+    store = make()
+    shards = store.find(f"{server.url}/*.tar")
+    for _ in range(3):
+        store.prefetch_sidecars(shards)
+    wanted = [f"/{name}{suffix}" for name in NAMES for suffix in (".idx", ".crc")]
+    wait_until(lambda: len(list((Path(store.cache) / "entries").iterdir())) == len(wanted))
+    assert [server.count(path) for path in wanted] == [1] * len(wanted)
+    assert contents(store, f"{server.url}/*.tar") == truth
+    assert [server.count(path) for path in wanted] == [1] * len(wanted)
+
+
+def test_index_files_in_a_folder_are_not_asked_of_the_store(server, folder, make):
+    store = make(index=str(folder))
+    store.prefetch_sidecars(store.find(f"{server.url}/*.tar"))
+    assert contents(store, f"{server.url}/*.tar")
+    assert not any(server.count(f"/{name}.idx") for name in NAMES)
+
+
 def test_what_goes_wrong_ahead_is_told_to_the_reader_alone(server, folder, truth, make):
     """And ends no thread: there are fewer of them than pieces here."""
     store = make(PIECE, cache_bytes=1 << 22)
