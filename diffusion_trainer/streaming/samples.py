@@ -15,7 +15,8 @@ from diffusion_trainer.streaming.stores import Store, stale
 from diffusion_trainer.streaming.tar import entries, key_and_extension, members
 
 BLOCK_BYTES = 1 << 18  # which the caches of a core hold
-MAX_TABLE_BYTES = 1 << 26  # of the offsets and checksums that one process keeps
+MAX_TABLE_BYTES = 1 << 26  # of the offsets and checksums that one process keeps, unless its lanes need more at a time
+SOON = 1 << 16  # samples: lanes are fewer, an epoch of what has no room is more
 PROBES = 8  # samples that are looked at to tell another shard from a damaged one
 
 
@@ -25,7 +26,8 @@ class Samples:
     def __init__(self, shards: Sequence[Shard], store: Store, max_bytes: int):
         self.shards, self.store, self.max_bytes = shards, store, max_bytes
         self._tables: OrderedDict[int, tuple[array, array]] = OrderedDict()
-        self._table_bytes = 0
+        self._table_bytes, self._max_table_bytes = 0, MAX_TABLE_BYTES
+        self._reads, self._dropped = 0, {}  # of samples so far; table -> as many when it was dropped
         self._others: dict[int, bool] = {}  # of shards with damage, whether they were written again
         self._cut = Cutter()
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -51,6 +53,7 @@ class Samples:
 
     def _read(self, k: int, i: int, at: int) -> memoryview | None:
         """The sample, put into the buffer from byte `at` on; None if there is no room after others."""
+        self._reads += 1
         offsets, checksums = self._tables.get(k) or self._table(k)
         first = offsets[i]
         size = offsets[i + 1] - first
@@ -132,11 +135,21 @@ class Samples:
         places = np.frombuffer(offsets, np.uint64)
         if offsets[-1] > shard.size or (places[1:] < places[:-1]).any():
             raise stale(shard)
+        self._keep(k, offsets, checksums)
+        return offsets, checksums
+
+    def _keep(self, k: int, offsets: array, checksums: array) -> None:
+        """Lanes read their shards in turns: with room for all but one of these, each sample would need a table that has
+        just been dropped. Where one comes back so soon there is twice the room from then on; after an epoch it may."""
+        if self._reads - self._dropped.pop(k, -SOON) < SOON:
+            self._max_table_bytes *= 2
+            self._dropped.clear()
         self._tables[k] = offsets, checksums
         self._table_bytes += _size(offsets, checksums)
-        while self._table_bytes > MAX_TABLE_BYTES and len(self._tables) > 1:
-            self._table_bytes -= _size(*self._tables.popitem(last=False)[1])
-        return offsets, checksums
+        while self._table_bytes > self._max_table_bytes and len(self._tables) > 1:
+            old, table = self._tables.popitem(last=False)
+            self._table_bytes -= _size(*table)
+            self._dropped[old] = self._reads
 
 
 class _Lying:

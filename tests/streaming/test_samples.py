@@ -66,8 +66,42 @@ def test_a_large_sample_after_a_small_one(tmp_path):
     assert len(opened(tmp_path, 300_544).read(0, 1)["x"]) == 300_000
 
 
+def loads(samples, monkeypatch) -> list[str]:
+    """Each shard whose table is loaded from here on."""
+    found, sidecar = [], samples.store.sidecar
+    monkeypatch.setattr(
+        samples.store, "sidecar", lambda shard, suffix: found.append(shard.url) or sidecar(shard, suffix)
+    )
+    return found
+
+
+@pytest.mark.parametrize("room", [1, 3, 4, 5])
+def test_lanes_that_take_turns_load_each_table_a_few_times_however_little_room_there_is(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(reading, "MAX_TABLE_BYTES", 32 * room)  # of shards with two samples
+    write_set(tmp_path, [2] * 6)
+    samples = opened(tmp_path)
+    found = loads(samples, monkeypatch)
+    for _ in range(50):
+        for k in range(6):
+            samples.bytes_of(k, 0)
+    assert len(found) <= 2 * 6 * 4
+    assert len(samples._tables) == 6
+
+
+def test_what_comes_again_after_an_epoch_gets_no_more_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_TABLE_BYTES", 64)
+    monkeypatch.setattr(reading, "SOON", 4)
+    write_set(tmp_path, [2] * 6)
+    samples = opened(tmp_path)
+    for _ in range(5):
+        for k in range(6):
+            samples.bytes_of(k, 0), samples.bytes_of(k, 1)
+    assert len(samples._tables) == 2
+
+
 def test_more_shards_than_tables_and_open_files_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "MAX_TABLE_BYTES", 64)  # of two shards with two samples
+    monkeypatch.setattr(reading, "SOON", 1)
     monkeypatch.setattr(stores, "MAX_OPEN", 2)
     write_set(tmp_path, [2] * 6)
     samples = opened(tmp_path)
