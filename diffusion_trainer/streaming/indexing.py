@@ -3,8 +3,8 @@
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from diffusion_trainer.streaming.writing import end_with_parent
 
 SAVE_EVERY = 1000  # shards: what an interruption may cost
 BYTES_PER_PROCESS = 1 << 29  # what is read in about the time that a process takes to start (it imports torch)
+AT_ONCE = 16  # questions to a store
 
 Result = tuple[Shard, Counter[tuple[str, ...]], str | None]  # of a scan: fields, and what is damaged
 
@@ -108,15 +109,30 @@ def _without_index(sites: Sequence[Site], image_sizes: bool, report: Report) -> 
     todo = []
     for here in _by_folder(sites).values():
         entries = {shard.url: shard for shard in here[0].listed()}
-        for site in here:
-            entry = entries.get(site.name)
-            lacks_sizes = image_sizes and entry is not None and entry.sizes is None
-            if entry is None or lacks_sizes or not site.is_indexed(entry.size, suffixes):
-                todo.append(site)
-            else:
+        listed = [entries.get(site.name) for site in here]
+        known = _at_once(partial(_is_known, image_sizes=image_sizes, suffixes=suffixes), here, listed)
+        for site, entry, is_known in zip(here, listed, known, strict=True):
+            if is_known:
                 report.shards.append(entry)
+            else:
+                todo.append(site)
     report.known = len(report.shards)
     return todo
+
+
+def _is_known(site: Site, entry: Shard | None, image_sizes: bool, suffixes: Sequence[str]) -> bool:
+    lacks_sizes = image_sizes and entry is not None and entry.sizes is None
+    return entry is not None and not lacks_sizes and site.is_indexed(entry.size, suffixes)
+
+
+def _at_once(
+    ask: Callable[[Site, Shard | None], bool], sites: Sequence[Site], listed: Sequence[Shard | None]
+) -> Iterable[bool]:
+    """The answers, in order. A store is asked many things at a time: a hundred thousand shards would take hours."""
+    if isinstance(sites[0], LocalSite):
+        return map(ask, sites, listed)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(ask, sites, listed))
 
 
 def _save(found: list[tuple[Site, Shard | None]], report: Report) -> None:

@@ -10,7 +10,7 @@ from io import BytesIO
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +20,7 @@ from streaming.making import END, member, shard_bytes, write_set
 
 from diffusion_trainer.streaming import indexing, locks
 from diffusion_trainer.streaming.index import Shard, read_index, serialized
-from diffusion_trainer.streaming.indexing import index
+from diffusion_trainer.streaming.indexing import AT_ONCE, index
 from diffusion_trainer.streaming.remote import Remote
 from diffusion_trainer.streaming.retries import Retries
 from diffusion_trainer.streaming.scanning import scan
@@ -260,3 +260,11 @@ def test_two_that_index_into_one_folder_keep_each_others_shards(tmp_path):
     Slow("memory://d/a.tar", *store, other).list([Shard("a.tar", 1, 1024, 0)], ())
     other.join()
     assert {shard.url for shard in site.listed()} == {"a.tar", "b.tar"}
+
+
+def test_a_store_is_asked_many_things_at_a_time_and_its_answers_are_in_order():
+    """Each question waits until as many are under way as may be."""
+    sites = [RemoteSite(f"memory://d/{k}.tar", Remote(20.0), Retries(0, 0.0)) for k in range(2 * AT_ONCE)]
+    together = Barrier(AT_ONCE, timeout=20)
+    answers = indexing._at_once(lambda site, entry: (together.wait(), site)[1], sites, [None] * len(sites))
+    assert answers == sites
