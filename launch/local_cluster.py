@@ -228,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         cluster = LocalCluster(options.folder, options.nodes, options.cpus)
         if options.verb == "down":
-            if not cluster.conf.is_file():
+            if not cluster.conf.is_file() and not cluster.processes():
                 raise ClusterError(
                     f"there is no cluster in {cluster.folder}: give the --folder that it was started with"
                 )

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from diffusion_trainer.conventions import UserError
@@ -118,8 +119,9 @@ def _directives(script: str) -> list[str]:
     """The options of its #SBATCH lines, for the command line: in the script itself SBATCH_TIMELIMIT and its like, which
     sites and users set in their profiles, would overrule what has been checked and shown.
     """
-    lines = [line for line in script.splitlines() if line.startswith("#SBATCH ")]
-    return [option for line in lines for option in shlex.split(line.removeprefix("#SBATCH "))]
+    header = takewhile(lambda line: line.startswith("#") or not line.strip(), script.splitlines())
+    lines = [line.removeprefix("#SBATCH ") for line in header if line.startswith("#SBATCH ")]
+    return [option for line in lines for option in shlex.split(line)]
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

@@ -79,7 +79,7 @@ class Record:
             return record
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"there is no {path}: give the folder of a sweep, where its table.csv is") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read ({error}); remove it, and the sweep makes another") from error
 
     def begin(self, points: Sequence[Point]) -> None:

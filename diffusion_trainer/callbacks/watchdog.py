@@ -64,10 +64,10 @@ class Watchdog:
     It writes the stacks of all threads and, by SIGQUIT, of the worker processes to <logs>/stacks-rank-<r>.txt, the last
     words to failed-rank-<r>.txt, kills the workers and ends the process, also from within a call that never returns. If
     something holds Python's lock for ever, a thread without Python writes the stacks and ends it, with exit code 1.
-    SIGQUIT from outside writes the stacks, too, and training goes on. So does SIGTERM, once, if no beat follows it and
-    the last was a second before: such a rank may wait for one that hung, and be ended for that. Where it ends in order
-    these stacks are taken back. How far the process has come is written once a second, if that has changed. An error on
-    the way to a file is told once; the watch goes on.
+    SIGQUIT from outside writes the stacks, too, and training goes on. So does SIGTERM, once, if no beat follows it: a
+    rank may wait for one that hung, and be ended for that. Where it ends in order what was written from then on is
+    taken back. How far the process has come is written once a second, if that has changed. An error on the way to a
+    file is told once; the watch goes on.
 
     A process that was suspended for longer than the time-out counts as hung.
 
@@ -112,8 +112,9 @@ class Watchdog:
 
     def _tidy(self, well: bool) -> None:
         stacks = self.files.stacks
-        if well and self._wanted is not None and stacks.is_file():
-            os.truncate(stacks, self._wanted)
+        if well and self._wanted is not None and self._file.name == str(stacks):
+            with suppress(OSError):  # they stay, then
+                os.truncate(stacks, self._wanted)
         if stacks.is_file() and stacks.stat().st_size == 0:
             stacks.unlink()
 
@@ -135,17 +136,19 @@ class Watchdog:
         return State(files.rank, self.world, self.host, os.getpid(), last.doing, *self.progress(), at, files.attempt)
 
     def _watch(self) -> None:
-        now = time.monotonic()
+        now, still = time.monotonic(), 0.0
         while True:
             last, before, now = self._last, now, time.monotonic()
             left = last.allowed_seconds - (now - last.at)
             if left <= 0:
-                self._end(last, now - before)
+                self._end(last, still)
             self._tell_state()
             self._look_for_an_answer(before, now)
             self._arm(left)
+            begin = time.monotonic()
             if self._stopped.wait(min(LOOK_SECONDS, left)):
                 return
+            still = time.monotonic() - begin
 
     def _arm(self, left: float) -> None:
         faulthandler.dump_traceback_later(left + LOCKED_SECONDS, exit=True, file=self._file)
@@ -153,12 +156,12 @@ class Watchdog:
     def _look_for_an_answer(self, before: float, now: float) -> None:
         """before, now: when it was last looked for, and is."""
         if self._terminations.came() and self._told < self._last.at:
-            self._told = before  # or after that: a beat since then may have been the answer
+            self._told = before if self._last.at < before else now  # a beat in between may have been the answer
         waited = now - self._told
         if self._told <= self._last.at or waited < ANSWER_SECONDS:
             return
         try:
-            self._wanted = self.files.stacks.stat().st_size if self.files.stacks.is_file() else None
+            self._wanted = os.fstat(self._file.fileno()).st_size
             self._write_stacks(f"no sign of life in the {waited:.0f} s since SIGTERM")
         except OSError as error:
             self._say(f"the stacks cannot be written: {error}")
@@ -177,7 +180,7 @@ class Watchdog:
 
     def _end(self, last: Beat, still: float) -> None:
         """Last words first: they are short, and a full disk or a dead file system may stop what comes after. still: how
-        long this thread, which runs every second, had not run.
+        long this thread had waited, which looks every second.
         """
         idle = time.monotonic() - last.at
         suspended = f", {SUSPENDED} {still:.0f} s of them" if still > max(LOOK_SECONDS + 1, idle / 2) else ""

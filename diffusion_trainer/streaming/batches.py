@@ -61,11 +61,16 @@ class Reader:
         source, shard, sample = self.stream.instead(number, len(bad) - 1)
         return int(self.first_shard[source]) + shard, sample
 
-    def look_ahead(self, layout: Layout, items: Sequence[int]) -> None:
-        """Tells the store what these items will need."""
+    def expect(self, layout: Layout, items: Sequence[int]) -> list[list[list[int]]]:
+        """Tells the store which index files these items will need; returns at once, with the places of their samples,
+        (shard, sample) each."""
         places = [self.places(layout.numbers(item)).tolist() for item in items]
         self.samples.expect(dict.fromkeys(k for item in places for k, _ in item))
-        for item in places:
+        return places
+
+    def look_ahead(self, layout: Layout, items: Sequence[int]) -> None:
+        """Tells the store what these items will need, once it has their index files."""
+        for item in self.expect(layout, items):
             self.samples.store.prefetch([self.samples.span(k, i) for k, i in item])
 
 
@@ -77,19 +82,20 @@ class Items(Dataset):
     layout: Layout
     ring: Ring
     started: bool = False  # whether this process has made any
+    later: Sequence[int] = ()  # items that the store is to know of with the next one
 
     def __getitem__(self, item: int) -> Piece | Stop:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         slot, first, self.started = self.ring.take(worker), not self.started, True
-        ahead = self._ahead(item, workers if first else 0)
-        now, later = (ahead[:1], ahead[1:]) if first else (ahead, [])  # which a first batch does not wait for
+        ahead = [*self.later, *self._ahead(item, workers if first else 0)]
+        now, self.later = (ahead[:1], ahead[1:]) if first else (ahead, ())  # whose index files a first batch needs not
         try:
             self.reader.look_ahead(self.layout, now)
             numbers = self.layout.numbers(item)
             bucket = self.reader.stream.bucket(numbers)
             filled = self.reader.fill(numbers, self.ring.arrays(slot, bucket))
-            self.reader.look_ahead(self.layout, later)
+            self.reader.expect(self.layout, self.later)
             return Piece(slot, bucket, filled)
         except UserError as error:
             self.ring.give_back(slot)

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -106,16 +106,17 @@ def _scanned(
 def _without_index(sites: Sequence[Site], image_sizes: bool, report: Report) -> list[Site]:
     """The others are in the report, as known."""
     suffixes = (OFFSETS, CHECKSUMS, SIZES) if image_sizes else (OFFSETS, CHECKSUMS)
-    todo = []
-    for here in _by_folder(sites).values():
-        entries = {shard.url: shard for shard in here[0].listed()}
-        listed = [entries.get(site.name) for site in here]
-        known = _at_once(partial(_is_known, image_sizes=image_sizes, suffixes=suffixes), here, listed)
-        for site, entry, is_known in zip(here, listed, known, strict=True):
-            if is_known:
-                report.shards.append(entry)
-            else:
-                todo.append(site)
+    todo, known = [], partial(_is_known, image_sizes=image_sizes, suffixes=suffixes)
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # one by one, a store's hundred thousand shards would take hours
+        for here in _by_folder(sites).values():
+            entries = {shard.url: shard for shard in here[0].listed()}
+            listed = [entries.get(site.name) for site in here]
+            answers = (map if isinstance(here[0], LocalSite) else pool.map)(known, here, listed)
+            for site, entry, is_known in zip(here, listed, answers, strict=True):
+                if is_known:
+                    report.shards.append(entry)
+                else:
+                    todo.append(site)
     report.known = len(report.shards)
     return todo
 
@@ -123,16 +124,6 @@ def _without_index(sites: Sequence[Site], image_sizes: bool, report: Report) -> 
 def _is_known(site: Site, entry: Shard | None, image_sizes: bool, suffixes: Sequence[str]) -> bool:
     lacks_sizes = image_sizes and entry is not None and entry.sizes is None
     return entry is not None and not lacks_sizes and site.is_indexed(entry.size, suffixes)
-
-
-def _at_once(
-    ask: Callable[[Site, Shard | None], bool], sites: Sequence[Site], listed: Sequence[Shard | None]
-) -> Iterable[bool]:
-    """The answers, in order. A store is asked many things at a time: a hundred thousand shards would take hours."""
-    if isinstance(sites[0], LocalSite):
-        return map(ask, sites, listed)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(ask, sites, listed))
 
 
 def _save(found: list[tuple[Site, Shard | None]], report: Report) -> None:

@@ -54,7 +54,7 @@ class Samples:
     def _read(self, k: int, i: int, at: int) -> memoryview | None:
         """The sample, put into the buffer from byte `at` on; None if there is no room after others."""
         self._reads += 1
-        offsets, checksums = self._tables.get(k) or self._table(k)
+        offsets, checksums = self._table_of(k)
         first = offsets[i]
         size = offsets[i + 1] - first
         if size > self.max_bytes:
@@ -119,8 +119,15 @@ class Samples:
 
     def span(self, k: int, i: int) -> tuple[Shard, int, int]:
         """Shard, first and last byte."""
-        offsets, _ = self._tables.get(k) or self._table(k)
+        offsets, _ = self._table_of(k)
         return self.shards[k], offsets[i], offsets[i + 1]
+
+    def _table_of(self, k: int) -> tuple[array, array]:
+        table = self._tables.get(k)
+        if table is None:
+            return self._table(k)
+        self._tables.move_to_end(k)  # the one that nobody has asked for the longest is dropped first
+        return table
 
     def _table(self, k: int) -> tuple[array, array]:
         shard = self.shards[k]

@@ -215,7 +215,9 @@ def test_a_job_is_no_part_of_the_job_that_it_is_submitted_from(slurm, run, monke
 def test_the_options_of_a_script_are_given_on_the_command_line_too_as_they_are_read_there():
     """SBATCH_PARTITION and its like overrule a script, and not the command line."""
     options = {"constraint": "a100 & ib", "exclusive": True, "comment": "it's $HOME"}
-    text = job_script.render(options, ["#SBATCH_ME=1", "echo"])
+    text = job_script.render(
+        options, ["#SBATCH --time=1", "set -- 'a", "#SBATCH --time=2'"]
+    )  # sbatch does not look so far
     assert _directives(text) == ["--constraint=a100 & ib", "--exclusive", "--comment=it's $HOME"]
 
 

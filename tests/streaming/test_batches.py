@@ -237,5 +237,12 @@ def test_what_is_read_was_announced_some_steps_before_or_at_the_start(folder, mi
     told = [told for _, told in store.reads]
     assert told[:size] == [size] * size  # the first batch waits for no other's index files
     assert told[size:] == [k // size * size + ahead for k in range(size, 5 * 8)]
-    own = {shard.url for (shard, *_), _ in store.reads[:size]}
-    assert {url for url, reads in store.sidecars if not reads} == own
+
+
+def test_the_first_batch_waits_for_its_own_index_files_alone(folder):
+    store = Listening()
+    data = shard_data(f"{folder}/*.tar", store=store)
+    batches = iter(data.loader(Layout(2), 0, 4, 0, 8))
+    next(batches)
+    assert {url for url, _ in store.sidecars} == {shard.url for (shard, *_), _ in store.reads}
+    assert len(store.reads) == 2

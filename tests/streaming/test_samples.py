@@ -88,6 +88,16 @@ def test_lanes_that_take_turns_load_each_table_a_few_times_however_little_room_t
     assert len(samples._tables) == 6
 
 
+def test_a_shard_that_is_read_now_and_then_among_many_gets_no_more_room(tmp_path, monkeypatch):
+    """Two tables are needed at a time, whatever has been read before."""
+    monkeypatch.setattr(reading, "MAX_TABLE_BYTES", 32 * 4)  # of shards with two samples
+    write_set(tmp_path, [2] * 40)
+    samples = opened(tmp_path)
+    for k in range(1, 40):
+        samples.bytes_of(k, 0), samples.bytes_of(k, 1), samples.bytes_of(0, 0)
+    assert len(samples._tables) == 4
+
+
 def test_what_comes_again_after_an_epoch_gets_no_more_room(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "MAX_TABLE_BYTES", 64)
     monkeypatch.setattr(reading, "SOON", 4)
