@@ -146,11 +146,11 @@ def written(weight: float) -> Fraction:
 
 
 def in_proportion(weights: Sequence[float], period: int) -> list[int]:
-    """Whole numbers in the weights' very proportion; UserError if one is too small to come in each period."""
+    """Whole numbers in the weights' very proportion; UserError if one has less than a sample of a period."""
     exact = [written(weight) for weight in weights]
     if min(exact) * period < sum(exact):
         raise UserError(
-            f"a source with weight {min(weights)} of {float(sum(exact)):g} would not come in each mixing period of "
+            f"a source with weight {min(weights)} of {float(sum(exact)):g} has less than one sample in a mixing period of "
             f"{period} samples; use a mixing_period of at least {ceil(sum(exact) / min(exact))}"
         )
     unit = lcm(*(weight.denominator for weight in exact))
@@ -192,8 +192,8 @@ def turns_of(block: int, period: int, parts: Sequence[int], *key: int | str) -> 
 class Mix:
     """The stream of several sources: each has its part of each `period` samples in a lane, shuffled.
 
-    Of a period that is the sum of the shares, source s has exactly shares[s]; of another one, a whole number beside it,
-    which differs from period to period so that the proportion is exact in the long run.
+    Where each one's part of a period is whole it has exactly that. Else the numbers differ from period to period, so
+    that after any number of them each has its part of all samples to less than there are sources.
     """
 
     orders: Sequence[Order]
