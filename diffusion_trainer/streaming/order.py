@@ -150,8 +150,8 @@ def in_proportion(weights: Sequence[float], period: int) -> list[int]:
     exact = [written(weight) for weight in weights]
     if min(exact) * period < sum(exact):
         raise UserError(
-            f"a source with weight {min(weights)} of {float(sum(exact)):g} has less than one sample in a mixing period of "
-            f"{period} samples; use a mixing_period of at least {ceil(sum(exact) / min(exact))}"
+            f"a source with weight {min(weights)} of {float(sum(exact)):g} has less than a sample in {period}, a "
+            f"mixing period; use a mixing_period of at least {ceil(sum(exact) / min(exact))}"
         )
     unit = lcm(*(weight.denominator for weight in exact))
     return [int(weight * unit) for weight in exact]
