@@ -45,7 +45,7 @@ test: $(READY) lint  ## what to run before pushing: the fast tests, and most tha
 	@$(PYTEST) -n logical --dist loadfile -m slow \
 	  $(addprefix --ignore=,tests/test_combinations.py $(MATRICES) $(SERIAL))
 
-matrices: $(READY)  ## the tests of every way to run, to stop and to resume (an hour)
+matrices: $(READY)  ## the tests of every way to run, to stop and to resume (over half an hour)
 	@$(PYTEST) -n logical --dist loadfile -m slow $(MATRICES)
 
 part: $(READY)  ## of matrices: PART=0 or 1

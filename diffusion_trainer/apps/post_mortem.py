@@ -113,23 +113,19 @@ def culprit(logs: Path, codes: Mapping[int, int], world: int) -> Blame | None:
     mistaken = [rank for rank, code in ended.items() if code == 2]
     killed = [rank for rank, code in ended.items() if code < 0 and -code != signal.SIGABRT]
     spoke = sorted(_failures(logs), key=lambda files: files.failed.stat().st_mtime_ns)
-    ranks, silent, held_up = [files.rank for files in spoke], [], []
-    if spoke and any(sign in spoke[0].failed.read_text() for sign in LOST_PEER):
-        silent = [rank for rank in range(world) if rank not in (*ranks, *ended)]
-        words = {files.rank: files.failed.read_text() for files in spoke}
-        held_up = [rank for sign in (SUSPENDED, f"({STARVED})") for rank in ranks if _hung(words[rank], sign)]
-    rank = next(iter([*mistaken, *killed, *held_up, *silent, *ranks, *ended]), None)
+    words, silent, held_up = {files.rank: files.failed.read_text() for files in spoke}, [], []
+    if spoke and any(sign in words[spoke[0].rank] for sign in LOST_PEER):
+        silent = [rank for rank in range(world) if rank not in (*words, *ended)]
+        hung = [rank for rank, said in words.items() if HANG in said]
+        held_up = [rank for sign in (SUSPENDED, f"({STARVED})") for rank in hung if sign in words[rank]]
+    rank = next(iter([*mistaken, *killed, *held_up, *silent, *words, *ended]), None)
     if rank is None:
         return None
     if rank in ended:
         return Blame(rank, ending(ended[rank]))
-    if rank not in ranks:
+    if rank not in words:
         return Blame(rank, "was not heard of (stopped, or lost)")
-    return Blame(rank, "hung" if HANG in RankFiles(logs, rank).failed.read_text() else "failed")
-
-
-def _hung(words: str, sign: str) -> bool:
-    return HANG in words and sign in words
+    return Blame(rank, "hung" if HANG in words[rank] else "failed")
 
 
 def _failures(logs: Path) -> list[RankFiles]:

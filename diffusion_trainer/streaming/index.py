@@ -22,14 +22,15 @@ from isal import isal_zlib
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.locks import remove_left, replace_file
 from diffusion_trainer.streaming.tar import BLOCK
+from diffusion_trainer.streaming.urls import PIPE
 
 INDEX = "index.json"
 OFFSETS, CHECKSUMS, SIZES = ".idx", ".crc", ".size"
 KIND = {"__kind__": "wids-shard-index-v1", "wids_version": 1}
 MAX_SHARD = 1 << 40  # bytes that one may have
 # What no file beside an index has in its name: half of a surrogate, which JSON may have, a folder, the end of a string
-# of C, and at its beginning what makes it a command (urls.PIPE).
-_ELSEWHERE = re.compile("[\ud800-\udfff/\0]|^pipe:", re.MULTILINE)
+# of C, and at its beginning what makes it a command.
+_ELSEWHERE = re.compile(f"[\ud800-\udfff/\0]|^{PIPE}", re.MULTILINE)
 MAX_CRC32 = (1 << 32) - 1
 OWN = ("offsets", "checksums", "sizes")  # CRC-32s of the files beside a shard
 LARGEST = {  # of the numbers in an entry, as `Shard` has them in order
