@@ -35,7 +35,8 @@ class RankFiles:
 
     @property
     def stacks(self) -> Path:
-        """Of all its threads: when it hung, and whenever it is sent SIGQUIT."""
+        """Of all its threads: when it hung, and whenever it is sent SIGQUIT (of the main thread alone, where that hangs
+        outside Python)."""
         return self.logs / f"stacks-rank-{self.rank}.txt"
 
     @property

@@ -89,8 +89,10 @@ class Watchdog:
         self.beat("the start", allowed_seconds)
         self.files.logs.mkdir(parents=True, exist_ok=True)
         self._file = self._opened()
-        # Forked workers inherit this: each writes its own stack into this file when it is sent SIGQUIT.
-        faulthandler.register(signal.SIGQUIT, self._file, all_threads=True)
+        # Forked workers inherit this: each writes its own stacks into this file when it is sent SIGQUIT: that of the
+        # main thread at once; those of the others once Python runs there: to look at running threads may end it.
+        self._previous = signal.signal(signal.SIGQUIT, self._quit)
+        faulthandler.register(signal.SIGQUIT, self._file, all_threads=False, chain=True)
         self._arm(allowed_seconds)
         self._terminations = Terminations()
         self._thread.start()
@@ -102,6 +104,7 @@ class Watchdog:
         self._terminations.close()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGQUIT)
+        signal.signal(signal.SIGQUIT, self._previous)
         self._file.close()
         self._tidy(well)
         if well:
@@ -117,6 +120,9 @@ class Watchdog:
                 os.truncate(stacks, self._wanted)
         if stacks.is_file() and stacks.stat().st_size == 0:
             stacks.unlink()
+
+    def _quit(self, number: int, frame: object) -> None:
+        faulthandler.dump_traceback(self._file, all_threads=True)
 
     def _opened(self) -> IO:
         try:
@@ -136,19 +142,21 @@ class Watchdog:
         return State(files.rank, self.world, self.host, os.getpid(), last.doing, *self.progress(), at, files.attempt)
 
     def _watch(self) -> None:
-        now, still = time.monotonic(), 0.0
+        now, last, still = time.monotonic(), self._last, 0.0
         while True:
-            last, before, now = self._last, now, time.monotonic()
+            before, now = now, time.monotonic()
             left = last.allowed_seconds - (now - last.at)
             if left <= 0:
                 self._end(last, still)
             self._tell_state()
             self._look_for_an_answer(before, now)
+            begin = time.monotonic()  # behind what writes: a file system may be slow
             self._arm(left)
-            begin = time.monotonic()
             if self._stopped.wait(min(LOOK_SECONDS, left)):
                 return
-            still = time.monotonic() - begin
+            waited, latest = time.monotonic() - begin, self._last
+            still = (still if latest is last else 0.0) + (waited if waited > LOOK_SECONDS + 1 else 0.0)
+            last = latest
 
     def _arm(self, left: float) -> None:
         faulthandler.dump_traceback_later(left + LOCKED_SECONDS, exit=True, file=self._file)
@@ -180,10 +188,10 @@ class Watchdog:
 
     def _end(self, last: Beat, still: float) -> None:
         """Last words first: they are short, and a full disk or a dead file system may stop what comes after. still: how
-        long this thread had waited, which looks every second.
+        long this thread has waited for its next looks, those aside that came about when they were due.
         """
         idle = time.monotonic() - last.at
-        suspended = f", {SUSPENDED} {still:.0f} s of them" if still > max(LOOK_SECONDS + 1, idle / 2) else ""
+        suspended = f", {SUSPENDED} {still:.0f} s of them" if still > idle / 2 else ""
         what = f"{HANG} {idle:.0f} s{suspended}; all stacks are in {self.files.stacks}"
         main = sys._current_frames()[threading.main_thread().ident]
         try:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -89,12 +90,19 @@ def stopping_in_order():
     print("since SIGTERM" in dog.files.stacks.read_text(), spawned.is_alive())
     spawned.kill()
 
+def asked():
+    sleeper = worker()
+    signal.raise_signal(signal.SIGQUIT)
+    os.kill(sleeper.pid, signal.SIGQUIT)
+    time.sleep(1)
+    sleeper.kill()
+
 def told():
     loader._outlive_a_stop(0)
     signal.raise_signal(signal.SIGTERM)
 
 def waiting():
-    dog.beat("a step", 3.5)
+    dog.beat("a step", 5)
     print("ready", flush=True)
     time.sleep(100)
 
@@ -212,14 +220,52 @@ def test_stacks_of_one_that_was_slow_to_answer_are_taken_back_and_those_that_wer
     assert list(tmp_path.iterdir()) == ([RankFiles(tmp_path, 3).stacks] if asked else [])
 
 
+def asleep(pid: int) -> bool:
+    """Whether each thread of a process waits for something other than a processor or a disk."""
+    return all("State:\tS" in (task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+def test_a_thread_that_may_run_is_not_looked_at(tmp_path):
+    """That is a segmentation fault at times: the signal's handler has not Python's lock."""
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "deaf"], stdout=subprocess.PIPE, text=True)
+    worker, stacks = int(process.stdout.readline()), RankFiles(tmp_path, 3).stacks
+    try:
+        assert process.stdout.readline() == "ready\n"
+        end = time.monotonic() + 20
+        while not asleep(process.pid):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGQUIT)
+        while "in <module>\n" not in (text := stacks.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert text.count("(most recent call first)") == 1
+        assert "in deaf" in text
+    finally:
+        psutil.Process(worker).kill()
+        process.kill()
+        process.communicate()
+
+
+def test_all_threads_are_written_where_python_runs(tmp_path):
+    """Of a worker, too, which has the main thread alone: once by the signal's handler, and once by Python."""
+    done, stacks = ended(tmp_path, "asked")
+    assert done.returncode == 0, done.stderr
+    assert [stacks.count(f"in {name}") for name in ("_watch", "sleeping_in_python")] == [1, 2]
+
+
 def test_one_that_was_suspended_says_so(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "waiting"], stdout=subprocess.PIPE)
     process.stdout.readline()
+    end = time.monotonic() + 20
+    while (told := state_of(RankFiles(tmp_path, 3))) is None or told.doing != "a step" or not asleep(process.pid):
+        assert time.monotonic() < end
+        time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(4)  # the rest of what is allowed is no suspension
     process.send_signal(signal.SIGCONT)
     assert process.wait(20) == HUNG
-    assert re.search(rf"{HANG} [4-9] s, {SUSPENDED} [4-9] s of them; all", RankFiles(tmp_path, 3).failed.read_text())
+    assert re.search(rf"{HANG} [5-7] s, {SUSPENDED} [45] s of them; all", RankFiles(tmp_path, 3).failed.read_text())
 
 
 def test_a_failure_leaves_the_state_as_it_was_in_the_end(tmp_path):
