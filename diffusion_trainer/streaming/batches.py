@@ -11,7 +11,7 @@ from diffusion_trainer.streaming.buckets import Bucketed
 from diffusion_trainer.streaming.damage import Damage, Found, Hopeless
 from diffusion_trainer.streaming.fields import Decoder, Draws
 from diffusion_trainer.streaming.loader import Filled, Layout, Piece, Stop
-from diffusion_trainer.streaming.order import Mix
+from diffusion_trainer.streaming.mixing import Mix
 from diffusion_trainer.streaming.ring import Ring
 from diffusion_trainer.streaming.samples import Samples
 

@@ -8,7 +8,8 @@ from math import lcm
 import numpy as np
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.order import Mix, Order, Places, turns_of, written
+from diffusion_trainer.streaming.mixing import Mix, Places, turns_of, written
+from diffusion_trainer.streaming.order import Order
 
 
 def nearest(sizes: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarray:

@@ -17,7 +17,8 @@ from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.fields import Decoder, Draws, Field
 from diffusion_trainer.streaming.index import SIZES, Shard
 from diffusion_trainer.streaming.loader import Layout, Loader
-from diffusion_trainer.streaming.order import Mix, Order, in_proportion
+from diffusion_trainer.streaming.mixing import Mix, in_proportion
+from diffusion_trainer.streaming.order import Order
 from diffusion_trainer.streaming.samples import Samples
 from diffusion_trainer.streaming.stores import LocalStore, Store, remedy, stale
 

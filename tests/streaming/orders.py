@@ -3,7 +3,8 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from diffusion_trainer.streaming.order import Mix, Order
+from diffusion_trainer.streaming.mixing import Mix
+from diffusion_trainer.streaming.order import Order
 
 COUNTS = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 SEEDS = st.integers(0, 2**32)

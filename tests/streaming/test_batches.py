@@ -14,7 +14,8 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.data import Source
 from diffusion_trainer.streaming.fields import SampleDraws
 from diffusion_trainer.streaming.loader import Layout
-from diffusion_trainer.streaming.order import Mix, Order
+from diffusion_trainer.streaming.mixing import Mix
+from diffusion_trainer.streaming.order import Order
 from diffusion_trainer.streaming.stores import LocalStore
 
 WORLDS = (1, 2, 4, 8)

@@ -17,7 +17,8 @@ from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.batches import MAX_ATTEMPTS
 from diffusion_trainer.streaming.damage import Damage
 from diffusion_trainer.streaming.loader import Layout
-from diffusion_trainer.streaming.order import Mix, Order
+from diffusion_trainer.streaming.mixing import Mix
+from diffusion_trainer.streaming.order import Order
 from diffusion_trainer.streaming.stores import LocalStore
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,8 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.cached import CachedStore
 from diffusion_trainer.streaming.index import INDEX, entry_of, parse_index, serialized, shard_of
 from diffusion_trainer.streaming.loader import Layout
-from diffusion_trainer.streaming.order import Mix, Order
+from diffusion_trainer.streaming.mixing import Mix
+from diffusion_trainer.streaming.order import Order
 from diffusion_trainer.streaming.scanning import scan, write_sidecars
 from diffusion_trainer.streaming.stores import LocalStore
 

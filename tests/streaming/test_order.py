@@ -11,7 +11,8 @@ from streaming.making import theorem
 from streaming.orders import COUNTS, EPOCHS, LANES, SEEDS, WINDOWS, lane_of, order, stream
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.order import Mix, Order, permutation
+from diffusion_trainer.streaming.mixing import Mix
+from diffusion_trainer.streaming.order import Order, permutation
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000])

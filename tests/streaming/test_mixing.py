@@ -3,6 +3,7 @@
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
+from math import ceil, floor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from streaming.making import theorem
 from streaming.orders import COUNTS, LANES, WINDOWS, lane_of, order, stream
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.order import Mix, counts, in_proportion, turns
+from diffusion_trainer.streaming.mixing import Mix, counts, floor_sum, in_proportion, turns
 
 
 @theorem(60)
@@ -100,17 +101,43 @@ def test_parts_are_in_the_very_proportion_of_the_weights_as_they_are_written(wei
     assert [Fraction(part, sum(found)) for part in found] == [weight / sum(exact) for weight in exact]
 
 
-@theorem(100)
-@given(WEIGHTS, st.integers(1, 60), st.integers(0, 10**9), st.integers(1, 40))
-def test_from_the_first_period_on_no_source_has_a_turn_more_or_less_than_there_are_sources(
-    weights, period, first, periods
+@theorem(200)
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(0, 90), st.integers(0, 90))
+def test_points_below_a_line_are_counted(n, m, a, b):
+    assert floor_sum(n, m, a, b) == sum((a * i + b) // m for i in range(n))
+
+
+PARTS = st.lists(
+    st.one_of(st.integers(0, 50), st.integers(1, 10**6), st.integers(1, 10**40)), min_size=1, max_size=6
+).filter(any)
+STARTS = st.fractions(0, 1).filter(lambda start: start < 1)
+
+
+@theorem(200)
+@given(st.one_of(st.integers(0, 100), st.integers(0, 10**12)), st.integers(1, 1000), PARTS, STARTS)
+def test_each_period_has_each_ones_part_rounded_down_or_up_and_all_of_them_a_handful_more_or_less(
+    n, period, parts, start
 ):
-    """So the proportion is exact in the long run, also where a period cannot have it."""
-    parts = [int(Fraction(str(weight)) * 10**18) for weight in weights]
-    before, after = (np.array(counts(n * period, parts)) for n in (first, first + periods))
-    assert after.sum() - before.sum() == periods * period
-    exact = [Fraction(part, sum(parts)) * (first + periods) * period for part in parts]
-    assert all(abs(n - e) < len(parts) for n, e in zip(after.tolist(), exact, strict=True))
+    before, after = counts(n, period, parts, start), counts(n + 1, period, parts, start)
+    assert sum(before) == n * period
+    for one, two, part in zip(before, after, parts, strict=True):
+        exact = Fraction(period * part, sum(parts))
+        assert two - one in (floor(exact), ceil(exact))
+        assert abs(one - n * exact) < 8
+
+
+@theorem(100)
+@given(st.integers(0, 10**9), st.integers(1, 64), st.integers(1, 1000), PARTS)
+def test_all_lanes_together_have_each_ones_part_of_a_period_to_one(block, lanes, period, parts):
+    starts = [Fraction(lane, lanes) for lane in range(lanes)]
+    mine = sum(np.subtract(*(counts(n, period, parts, start) for n in (block + 1, block))) for start in starts)
+    for found, part in zip(mine, parts, strict=True):
+        assert abs(int(found) - Fraction(lanes * period * part, sum(parts))) <= 1
+
+
+def test_parts_of_any_size_come_out_exactly():
+    parts = [10**40 + 1, 10**40]
+    assert counts(sum(parts) << 80, 3, parts) == [3 * part << 80 for part in parts]
 
 
 def test_a_weight_that_is_no_whole_number_of_a_period_is_kept():
