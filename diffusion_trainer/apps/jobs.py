@@ -24,6 +24,11 @@ _MISSING = (
     "there is no {} on this machine: SLURM's commands are not installed here, or not on PATH. Submit from a login node "
     "of the cluster, or train here: diffusion-trainer train ..."
 )
+_SILENT = "configuration source|[Uu]nable to contact|no answer within"  # no slurm.conf, or a controller that is down
+_NO_CLUSTER = (
+    "SLURM's commands are here, and no cluster answers them. Is this a login node, is SLURM_CONF right, is its "
+    "controller up (scontrol ping)? To train here: diffusion-trainer train ..."
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Slurm:
         """What `sbatch --test-only` says to the text of a script: when it would start, and where."""
         done = self._start("sbatch", "--test-only", *_directives(script), stdin=script)
         if done.returncode:
-            raise UserError("\n".join([f"sbatch: {_reason(done)}", *self._partitions_if_known()]))
+            raise UserError("\n".join([_complaint("sbatch", done), *self._partitions_if_known()]))
         return re.sub(r"^sbatch: ", "", (done.stderr or done.stdout).strip(), flags=re.MULTILINE)
 
     def state(self, job: str) -> str:
@@ -102,7 +107,7 @@ class Slurm:
     def _run(self, *command: str) -> str:
         done = self._start(*command)
         if done.returncode:
-            raise UserError(f"{command[0]}: {_reason(done)}")
+            raise UserError(_complaint(command[0], done))
         return done.stdout
 
     def _start(self, *command: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -124,7 +129,8 @@ def _directives(script: str) -> list[str]:
     return [option for line in lines for option in shlex.split(line)]
 
 
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """A command's complaint, without what stands before it on each line."""
+def _complaint(command: str, done: subprocess.CompletedProcess[str]) -> str:
+    """What a command said, without what stands before it on each line; and what to do where no cluster answers it."""
     lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-    return "; ".join(re.sub(r"^(\w+: error: |\w+: |allocation failure: )", "", line) for line in lines)
+    said = "; ".join(re.sub(r"^(\w+: error: |\w+: |allocation failure: )", "", line) for line in lines)
+    return f"{command}: {said}" + (f"\n{_NO_CLUSTER}" if re.search(_SILENT, said) else "")

@@ -160,6 +160,23 @@ def test_the_reason_of_a_refusal_is_told_without_the_partitions_too(refused, slu
     assert refused(*run) == "sbatch: Batch job submission failed: Socket timed out"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\\nsqueue: fatal: Could not establish a "
+        "configuration source",
+        "error: slurm_load_jobs: Unable to contact slurm controller (connect failure)",
+    ],
+)
+def test_where_no_cluster_answers_the_commands_this_is_told_beside_their_words(refused, slurm, run, words):
+    (slurm.folder / "squeue").write_text(f"#!/bin/bash\nprintf 'squeue: {words}\\n' >&2; exit 1\n")
+    said, advice = refused(*run).splitlines()
+    assert said.startswith("squeue: ")
+    assert said.endswith(words.rsplit(": ", 1)[1])
+    assert "no cluster answers them" in advice
+    assert "SLURM_CONF" in advice
+
+
 def test_a_job_of_the_same_run_that_waits_or_runs_is_named(refused, slurm, run):
     script = Path("my runs/digits/job.sbatch").absolute()
     slurm.write("queue", f"11|RUNNING|/elsewhere/job.sbatch\n12|PENDING|{script}\n")
