@@ -41,8 +41,9 @@ class ShardData(Data):
 
     shards: path, glob or brace pattern, or a list of them; or sources: several of these by name, each with a weight.
     window: how many samples of a lane are shuffled among each other (best one or two shards' worth). mixing_period: so
-    many samples of a lane have each source exactly in proportion (of steps, each bucket). buckets: [height, width] of
-    each shape that batches may have; an image is in the nearest one (the index needs their sizes: image_sizes=true).
+    many samples of a lane have each source's share (of steps, each bucket's), rounded down or up. buckets: [height,
+    width] of each shape that batches may have; an image is in the nearest one (the index needs their sizes:
+    image_sizes=true).
     """
 
     fields: Mapping[str, Field | None]

@@ -1,6 +1,6 @@
 """Which source's turn it is: each has its weight's part of every period, and sample number t stays a function of t."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -73,23 +73,35 @@ def _stride(size: int) -> int:
 
 def counts(n: int, period: int, parts: Sequence[int], start: Fraction = Fraction(0)) -> list[int]:
     """How many turns each one has in the first n periods: in each its part of the period, rounded down or up. What is
-    rounded evens out: at any time it is a handful of turns, and in the end nothing.
+    rounded evens out: it grows with log n, to less than 7 turns in a million periods, and is nothing in the end.
 
     Systematic sampling (Madow 1949). What is left of the parts without their whole turns lies in a row, and points at
     distance 1 say who has one turn more. In each period they begin elsewhere: the first time at start, in [0, 1).
     """
-    size = sum(parts) << 80  # far more positions than there will be periods
-    whole, left = zip(*(divmod(period * part << 80, size) for part in parts), strict=True)
-    if not any(left):
+    size, whole, ends = _row(period, parts)
+    if not ends[-1]:
         return [n * turns for turns in whole]
     stride, first = _stride(size), int(start * size)
+    all_points = floor_sum(n, size, stride, first)
 
     def points(end: int) -> int:
         """How many there are below end."""
         q, rest = divmod(end, size)
-        return n * (q + 1) + floor_sum(n, size, stride, first) - floor_sum(n, size, stride, first + size - rest)
+        return n * q + (n + all_points - floor_sum(n, size, stride, first + size - rest) if rest else 0)
 
-    more = [after - before for before, after in pairwise(map(points, accumulate(left, initial=0)))]
+    return _with_their_points(n, whole, map(points, ends))
+
+
+def _row(period: int, parts: Sequence[int]) -> tuple[int, list[int], list[int]]:
+    """The distance of points, each one's whole turns of a period, and where the row begins and what is left of each of
+    them ends."""
+    size = sum(parts) << 80  # far more positions than there will be periods
+    shares = [divmod(period * part << 80, size) for part in parts]
+    return size, [turns for turns, _ in shares], list(accumulate((left for _, left in shares), initial=0))
+
+
+def _with_their_points(n: int, whole: Sequence[int], points: Iterable[int]) -> list[int]:
+    more = [after - before for before, after in pairwise(points)]
     return [n * turns + one_more for turns, one_more in zip(whole, more, strict=True)]
 
 
@@ -98,9 +110,11 @@ def turns_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `turns`, of the slots [block * period, (block + 1) * period): who has each, and how many before it since
     slot 0 are theirs. start: see `counts`."""
-    before, after = (np.array(counts(n, period, parts, start)) for n in (block, block + 1))
-    who, rank = turns(after - before, *key, block)
-    return who, before[who] + rank
+    size, whole, ends = _row(period, parts)
+    first = (int(start * size) + block * _stride(size)) % size if ends[-1] else 0
+    here = _with_their_points(1, whole, ((end - first - 1) // size for end in ends))
+    who, rank = turns(here, *key, block)
+    return who, np.array(counts(block, period, parts, start))[who] + rank
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
-from math import ceil, floor
+from math import ceil, floor, log
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from streaming.making import theorem
 from streaming.orders import COUNTS, LANES, WINDOWS, lane_of, order, stream
 
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.streaming.mixing import Mix, counts, floor_sum, in_proportion, turns
+from diffusion_trainer.streaming.mixing import Mix, counts, floor_sum, in_proportion, turns, turns_of
 
 
 @theorem(60)
@@ -115,15 +115,22 @@ STARTS = st.fractions(0, 1).filter(lambda start: start < 1)
 
 @theorem(200)
 @given(st.one_of(st.integers(0, 100), st.integers(0, 10**12)), st.integers(1, 1000), PARTS, STARTS)
-def test_each_period_has_each_ones_part_rounded_down_or_up_and_all_of_them_a_handful_more_or_less(
-    n, period, parts, start
-):
+def test_each_period_has_each_ones_part_rounded_down_or_up_and_it_evens_out(n, period, parts, start):
     before, after = counts(n, period, parts, start), counts(n + 1, period, parts, start)
     assert sum(before) == n * period
     for one, two, part in zip(before, after, parts, strict=True):
         exact = Fraction(period * part, sum(parts))
         assert two - one in (floor(exact), ceil(exact))
-        assert abs(one - n * exact) < 8
+        assert abs(one - n * exact) < 3 + log(n + 1) / 2
+
+
+@theorem(100)
+@given(st.integers(0, 10**12), st.integers(1, 200), PARTS, STARTS)
+def test_the_turns_of_a_period_are_those_by_which_the_counts_go_on(block, period, parts, start):
+    who, rank = turns_of(block, period, parts, "x", start=start)
+    before, after = counts(block, period, parts, start), counts(block + 1, period, parts, start)
+    for one in range(len(parts)):
+        assert sorted(rank[who == one]) == list(range(before[one], after[one]))
 
 
 @theorem(100)
