@@ -35,8 +35,7 @@ class RankFiles:
 
     @property
     def stacks(self) -> Path:
-        """Of all its threads: when it hung, and whenever it is sent SIGQUIT (of the main thread alone, where that hangs
-        outside Python)."""
+        """Of all its threads: when it hung, and whenever it is sent SIGQUIT."""
         return self.logs / f"stacks-rank-{self.rank}.txt"
 
     @property

@@ -33,10 +33,10 @@ class Beat(NamedTuple):
     allowed_seconds: float  # until the next
 
 
-class Terminations:
-    """Each SIGTERM that has reached this process, also where its main thread never comes back to Python to handle it.
+class Signals:
+    """Those that have reached this process, also where its main thread never comes back to Python to handle them.
 
-    To be made, and closed, in the main thread. A forked child shares it until it calls signal.set_wakeup_fd(-1).
+    To be made, and closed, in the main thread. A forked child shares them until it calls signal.set_wakeup_fd(-1).
     """
 
     def __init__(self):
@@ -45,12 +45,12 @@ class Terminations:
             os.set_blocking(end, False)
         self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
-    def came(self) -> bool:
-        """Whether one has since this was last asked."""
+    def came(self) -> set[int]:
+        """Since this was last asked: of those with a handler in Python."""
         try:
-            return signal.SIGTERM in os.read(self._read, 65536)
+            return set(os.read(self._read, 65536))
         except BlockingIOError:
-            return False
+            return set()
 
     def close(self) -> None:
         signal.set_wakeup_fd(self._previous)
@@ -89,22 +89,22 @@ class Watchdog:
         self.beat("the start", allowed_seconds)
         self.files.logs.mkdir(parents=True, exist_ok=True)
         self._file = self._opened()
-        # Forked workers inherit this: each writes its own stacks into this file when it is sent SIGQUIT: that of the
-        # main thread at once; those of the others once Python runs there: to look at running threads may end it.
-        self._previous = signal.signal(signal.SIGQUIT, self._quit)
-        faulthandler.register(signal.SIGQUIT, self._file, all_threads=False, chain=True)
+        faulthandler.unregister(signal.SIGQUIT)  # a registration of another's would stand in the way of ours
+        # Told to our thread: a look at stacks of threads that run meanwhile, as faulthandler's is, may end the process.
+        self._previous = signal.signal(signal.SIGQUIT, lambda number, frame: None)
+        signal.siginterrupt(signal.SIGQUIT, False)
+        os.register_at_fork(after_in_child=self._in_child)
         self._arm(allowed_seconds)
-        self._terminations = Terminations()
+        self._signals = Signals()
         self._thread.start()
 
     def stop(self, well: bool) -> None:
         """well: the process has not failed, and nobody will ask how far it had come."""
         self._stopped.set()
         self._thread.join()
-        self._terminations.close()
+        self._signals.close()
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.unregister(signal.SIGQUIT)
-        signal.signal(signal.SIGQUIT, self._previous)
+        signal.signal(signal.SIGQUIT, self._previous or signal.SIG_DFL)  # None: a handler that Python does not know
         self._file.close()
         self._tidy(well)
         if well:
@@ -121,8 +121,12 @@ class Watchdog:
         if stacks.is_file() and stacks.stat().st_size == 0:
             stacks.unlink()
 
-    def _quit(self, number: int, frame: object) -> None:
-        faulthandler.dump_traceback(self._file, all_threads=True)
+    def _in_child(self) -> None:
+        """A forked worker writes the stack of its main thread into this file when it is sent SIGQUIT; what it is told
+        is not its rank's to answer."""
+        if not self._stopped.is_set():
+            signal.set_wakeup_fd(-1)
+            faulthandler.register(signal.SIGQUIT, self._file, all_threads=False)
 
     def _opened(self) -> IO:
         try:
@@ -149,30 +153,32 @@ class Watchdog:
             if left <= 0:
                 self._end(last, still)
             self._tell_state()
-            self._look_for_an_answer(before, now)
-            begin = time.monotonic()  # behind what writes: a file system may be slow
+            self._look_at_signals(before, now)
+            writing = time.monotonic() - now  # to a file system that may be slow
             self._arm(left)
             if self._stopped.wait(min(LOOK_SECONDS, left)):
                 return
-            waited, latest = time.monotonic() - begin, self._last
+            latest, then = self._last, time.monotonic()
+            waited = min(then - now - writing, then - latest.at)  # since the beat at most
             still = (still if latest is last else 0.0) + (waited if waited > LOOK_SECONDS + 1 else 0.0)
             last = latest
 
     def _arm(self, left: float) -> None:
         faulthandler.dump_traceback_later(left + LOCKED_SECONDS, exit=True, file=self._file)
 
-    def _look_for_an_answer(self, before: float, now: float) -> None:
-        """before, now: when it was last looked for, and is."""
-        if self._terminations.came() and self._told < self._last.at:
+    def _look_at_signals(self, before: float, now: float) -> None:
+        """before, now: when they were last looked at, and are."""
+        came = self._signals.came()
+        if signal.SIGQUIT in came:
+            self._try_to_write_stacks("asked for by SIGQUIT")
+        if signal.SIGTERM in came and self._told < self._last.at:
             self._told = before if self._last.at < before else now  # a beat in between may have been the answer
         waited = now - self._told
         if self._told <= self._last.at or waited < ANSWER_SECONDS:
             return
-        try:
+        with suppress(OSError):
             self._wanted = os.fstat(self._file.fileno()).st_size
-            self._write_stacks(f"no sign of life in the {waited:.0f} s since SIGTERM")
-        except OSError as error:
-            self._say(f"the stacks cannot be written: {error}")
+        self._try_to_write_stacks(f"no sign of life in the {waited:.0f} s since SIGTERM")
         self._told = inf  # once is enough
 
     def _tell_state(self) -> None:
@@ -207,6 +213,12 @@ class Watchdog:
             for worker in multiprocessing.active_children():
                 worker.kill()
             os._exit(HUNG)
+
+    def _try_to_write_stacks(self, what: str) -> None:
+        try:
+            self._write_stacks(what)
+        except OSError as error:
+            self._say(f"the stacks cannot be written: {error}")
 
     def _write_stacks(self, what: str) -> None:
         workers = [w.pid for w in multiprocessing.active_children() if isinstance(w, ForkProcess)]

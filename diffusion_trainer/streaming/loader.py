@@ -179,4 +179,3 @@ def _outlive_a_stop(worker: int) -> None:
     # SIGTERM (multiprocessing's, at exit) ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    signal.set_wakeup_fd(-1)  # what a worker is told is not its rank's to answer (Watchdog)

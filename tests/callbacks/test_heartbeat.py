@@ -19,7 +19,7 @@ from diffusion_trainer.callbacks.watchdog import HUNG, Watchdog
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import ctypes, multiprocessing, os, signal, sys, time
+import ctypes, multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
 from diffusion_trainer.callbacks import watchdog
 from diffusion_trainer.callbacks.last_words import RankFiles
@@ -90,12 +90,20 @@ def stopping_in_order():
     print("since SIGTERM" in dog.files.stacks.read_text(), spawned.is_alive())
     spawned.kill()
 
-def asked():
-    sleeper = worker()
-    signal.raise_signal(signal.SIGQUIT)
-    os.kill(sleeper.pid, signal.SIGQUIT)
-    time.sleep(1)
-    sleeper.kill()
+def reading():
+    dog.beat("a step", 100)
+    here, there = os.pipe()
+    threading.Timer(2, os.write, (there, b"x")).start()
+    print("ready", flush=True)
+    print(ctypes.CDLL(None).read(here, ctypes.create_string_buffer(1), 1))
+
+def suspended_before_its_last_beat():
+    before = now = time.monotonic()
+    print("ready", flush=True)
+    while now - before < 2:
+        before, now = now, time.monotonic()
+        dog.beat("a step", 5)
+    time.sleep(100)
 
 def told():
     loader._outlive_a_stop(0)
@@ -225,33 +233,33 @@ def asleep(pid: int) -> bool:
     return all("State:\tS" in (task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir())
 
 
-def test_a_thread_that_may_run_is_not_looked_at(tmp_path):
-    """That is a segmentation fault at times: the signal's handler has not Python's lock."""
+def test_stacks_are_had_for_the_asking_where_python_runs_no_more(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "deaf"], stdout=subprocess.PIPE, text=True)
     worker, stacks = int(process.stdout.readline()), RankFiles(tmp_path, 3).stacks
     try:
         assert process.stdout.readline() == "ready\n"
-        end = time.monotonic() + 20
-        while not asleep(process.pid):
-            assert time.monotonic() < end
-            time.sleep(0.01)
         process.send_signal(signal.SIGQUIT)
-        while "in <module>\n" not in (text := stacks.read_text()):
+        end = time.monotonic() + 20
+        while "in sleeping_in_python" not in (text := stacks.read_text()):
             assert time.monotonic() < end
             time.sleep(0.02)
-        assert text.count("(most recent call first)") == 1
-        assert "in deaf" in text
+        assert text.count("asked for by SIGQUIT\n  worker process") == 1
+        assert "in _watch" in text
+        assert process.poll() is None
+        assert psutil.pid_exists(worker)
     finally:
         psutil.Process(worker).kill()
         process.kill()
         process.communicate()
 
 
-def test_all_threads_are_written_where_python_runs(tmp_path):
-    """Of a worker, too, which has the main thread alone: once by the signal's handler, and once by Python."""
-    done, stacks = ended(tmp_path, "asked")
-    assert done.returncode == 0, done.stderr
-    assert [stacks.count(f"in {name}") for name in ("_watch", "sleeping_in_python")] == [1, 2]
+def test_a_call_outside_python_goes_on_when_stacks_are_asked_for(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "reading"], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGQUIT)
+    assert process.communicate(timeout=20)[0] == b"1\nwent on\n"
+    assert "in reading" in RankFiles(tmp_path, 3).stacks.read_text()
 
 
 def test_one_that_was_suspended_says_so(tmp_path):
@@ -266,6 +274,18 @@ def test_one_that_was_suspended_says_so(tmp_path):
     process.send_signal(signal.SIGCONT)
     assert process.wait(20) == HUNG
     assert re.search(rf"{HANG} [5-7] s, {SUSPENDED} [45] s of them; all", RankFiles(tmp_path, 3).failed.read_text())
+
+
+def test_a_suspension_before_the_last_beat_is_none_of_the_hang(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), "suspended_before_its_last_beat"], stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(30) == HUNG
+    assert re.search(rf"{HANG} [5-7] s; all", RankFiles(tmp_path, 3).failed.read_text())
 
 
 def test_a_failure_leaves_the_state_as_it_was_in_the_end(tmp_path):
