@@ -102,18 +102,23 @@ class Spy(RunCallback):
 
 
 class Poison(RunCallback):
-    """Makes a NaN of one gradient of the last rank, in steps whose first sample's number is in [first, last): in the
-    first of their micro-batches.
+    """Puts a number into one gradient of the last rank, in steps whose first sample's number is in [first, last): in
+    the first of their micro-batches.
     """
 
-    def __init__(self, first: int, last: int):
-        self.first, self.last = first, last
+    def __init__(self, first: int, last: int, by: float = float("nan")):
+        self.first, self.last, self.by = first, last, by
 
     def start(self) -> None:
         agreement = self.run.agreement
         if agreement.rank == agreement.world - 1:
             parameter = next(p for p in self.run.module.model.parameters() if p.requires_grad)
-            parameter.register_hook(lambda gradient: gradient * (float("nan") if self.bad else 1.0))
+            parameter.register_hook(lambda gradient: self.spoiled(gradient) if self.bad else None)
+
+    def spoiled(self, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = self.by
+        return gradient
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         self.bad = self.first <= batch["first"] < self.last and batch_idx % trainer.accumulate_grad_batches == 0
@@ -121,10 +126,6 @@ class Poison(RunCallback):
 
 class Raise(Poison):
     """Adds `by` to the loss there, which changes no gradient."""
-
-    def __init__(self, first: int, last: int, by: float):
-        super().__init__(first, last)
-        self.by = by
 
     def start(self) -> None:
         agreement, module = self.run.agreement, self.run.module

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -56,6 +57,8 @@ class DiffusionModule(LightningModule):
         self.images_seen = 0
         self.last_terms: LossTerms | None = None  # of the last micro-batch, for callbacks
         self.nonfinite: NonFinite | None = None
+        self._clip_norm: float | None = None
+        self._zero = False
         self.loss_scale = LossScale() if model.dtype == torch.float16 else None
         self.train()  # Lightning leaves modules in the mode that it finds them in
 
@@ -67,6 +70,10 @@ class DiffusionModule(LightningModule):
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
+
+    def setup(self, stage: str) -> None:
+        self._clip_norm = self.trainer.gradient_clip_val
+        self._zero = getattr(self.trainer.strategy, "skips_and_clips", False)
 
     def on_before_batch_transfer(self, batch: Mapping, dataloader_idx: int) -> Mapping:
         if "error" not in batch:
@@ -101,6 +108,9 @@ class DiffusionModule(LightningModule):
             if self.loss_scale:
                 self.loss_scale.after_step(self.nonfinite.kept)
 
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Done where their norm is looked at."""
+
     @property
     def learning_rate(self) -> float:
         choice = self.optimizer_choice
@@ -108,7 +118,7 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer_choice.build(self.model)
-        self.nonfinite = NonFinite(optimizer)
+        self.nonfinite = NonFinite(optimizer, self._clip_norm, self._zero)
         if self.loss_scale:
             self.loss_scale.attach(p for p in self.model.parameters() if p.requires_grad)
         attach_ema(optimizer, {k: partial(self._decay, track) for k, track in self.ema.tracks.items()}, self.nonfinite)

@@ -19,15 +19,18 @@ def spoiled(loss: Tensor) -> Tensor:
 
 
 class NonFinite:
-    """Makes a fused optimizer of torch skip steps in which a gradient holds NaN or infinity: weights, moments and step
-    counters stay as they are.
+    """Makes a fused optimizer of torch skip steps whose gradient has a norm that is not finite in float32 (of which the
+    second moments would not be): weights, moments and step counters stay as they are. Others it clips to `clip_norm`.
 
     Gradients must have been reduced over the ranks, so that all see the same. torch looks for `found_inf` on the
-    device; that is what its GradScaler uses. ZeRO skips such steps by itself, at the norm that it has reduced, and then
-    does not call the optimizer: who takes a step calls `forget` before it.
+    device; that is what its GradScaler uses. A parameter without a gradient has that of zero, as under ZeRO.
+
+    decided: by ZeRO, which skips such steps by itself, at the norm that it has reduced, and clips. It does not call the
+    optimizer then: who takes a step calls `forget` before it.
     """
 
-    def __init__(self, optimizer: Optimizer):
+    def __init__(self, optimizer: Optimizer, clip_norm: float | None = None, decided: bool = False):
+        self.clip_norm, self.decided = clip_norm, decided
         self.kept: Tensor | float = 1.0  # 0 or 1, on the device: whether the step that is being taken is kept
         optimizer.register_step_pre_hook(self._before)
 
@@ -48,9 +51,14 @@ class NonFinite:
 
     @torch.no_grad()
     def _look(self, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.kept = 1.0
-        if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self.kept = norm.isfinite().float()
-            optimizer.found_inf = 1 - self.kept
+        if self.decided:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        self.kept = norm.isfinite().float()
+        optimizer.found_inf = 1 - self.kept

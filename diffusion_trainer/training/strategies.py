@@ -129,10 +129,12 @@ def _default_timeout(seconds: int) -> None:
 
 
 class _DeepSpeed(DeepSpeedStrategy):
+    skips_and_clips = True  # steps whose norm is not finite, and gradients: it has the norm over all ranks
+
     def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         engine, zero = super()._setup_model_and_optimizer(*args, **kwargs)
         if engine.zero_optimization_stage() == 3:
-            _override(zero, _prepare_fp32_grad_for_sub_group=_partition_of_stage_3)
+            _override(zero, _prepare_fp32_grad_for_sub_group=_partition_of_stage_3, _get_norm_groups=_norms_of_stage_3)
             return engine, zero
         _override(zero, allreduce_and_copy=_reduce_to_owner)
         if not zero.cpu_offload:  # where the flat gradients are the CPU's, and there is one copy on the device
@@ -168,6 +170,13 @@ def _partition_of_stage_3(zero: Any, group: int) -> None:
     if any(part.data_ptr() != place for part, place in zip(parts, places, strict=False)):
         raise RuntimeError("this DeepSpeed's gradients do not lie in a row; those of the one in constraints.txt do")
     master.grad, zero.averaged_gradients[group] = parts[0].as_strided(master.shape, (1,)), None
+
+
+def _norms_of_stage_3(zero: Any) -> list[Tensor]:
+    """DeepSpeed's, in float64; not finite (-1) where their squares are not in float32, as elsewhere."""
+    norms = [torch.as_tensor(norm) for norm in type(zero)._get_norm_groups(zero)]
+    squares = sum(norm.double().square() for norm in norms).float()
+    return [torch.where(squares.isfinite(), norm, -1.0) for norm in norms]
 
 
 class _CpuDeepSpeed(_DeepSpeed):

@@ -161,3 +161,34 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_as_if_it_had_never_been(ba
     again = stepped(model, optimizer, batches[at:], closure)
     assert again.keys() == good.keys()
     assert all(torch.equal(again[key], good[key]) for key in good)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize(("largest", "kept"), [(1e20, 0), (1e18, 1)])
+def test_a_gradient_whose_square_float32_cannot_hold_is_not_finite_clipped_or_not(clip_norm, largest, kept):
+    """Its second moment would be infinite, and it would be clipped to zero."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = AdamW(0.1, Constant()).build(model)
+    nonfinite = NonFinite(optimizer, clip_norm)
+    before = model.weight.detach().clone()
+    losing(model, torch.ones(1, 3))
+    model.weight.grad[0, 0] = largest
+    optimizer.step()
+    assert float(nonfinite.kept) == kept
+    assert torch.equal(model.weight, before) != bool(kept)
+    if kept:
+        assert float(optimizer.state[model.weight]["exp_avg"].norm()) == pytest.approx(
+            0.1 * (clip_norm or largest), rel=1e-4
+        )
+
+
+def test_a_parameter_without_a_gradient_has_that_of_zero():
+    """As under ZeRO; so there is an average of it, and all else that a checkpoint holds."""
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "spare": torch.nn.Linear(3, 2)})
+    optimizer = AdamW(0.1, Constant()).build(model)
+    attach_ema(optimizer, {KEY: lambda: 0.9}, NonFinite(optimizer))
+    model["used"](torch.ones(1, 3)).sum().backward()
+    spare = model["spare"].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model["spare"].weight, spare)
+    assert {KEY, "exp_avg", "exp_avg_sq"} <= optimizer.state[model["spare"].weight].keys()

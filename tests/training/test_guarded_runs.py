@@ -33,8 +33,13 @@ def poisoned(first, last):
     return [*GUARDED, f"+callbacks.poison.first={first}", f"+callbacks.poison.last={last}"]
 
 
-# A gradient of NaN in the step at 48 images, a loss of infinity whose gradient is finite in the step at 80.
-SPOILED = [*poisoned(48, 64), "+callbacks.raise={_target_: spies.Raise, first: 80, last: 96, by: inf}"]
+# A gradient of NaN in the step at 48 images, a loss of infinity whose gradient is finite in the step at 80, a gradient
+# whose square float32 cannot hold in that at 112.
+SPOILED = [
+    *poisoned(48, 64),
+    "+callbacks.raise={_target_: spies.Raise, first: 80, last: 96, by: inf}",
+    "+callbacks.square={_target_: spies.Poison, first: 112, last: 128, by: 1e25}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def one(folder):
 def test_a_spoiled_step_is_counted_told_and_as_if_it_had_never_been(folder, one):
     """(That it leaves each bit of weights, averages and moments as it was, the spy checks.)"""
     clean = spied(folder, "clean", "strategy=single")
-    assert one["kept"] == [1, 1, 1, 0, 1, 0, 1, 1]
+    assert one["kept"] == [1, 1, 1, 0, 1, 0, 1, 0]
     assert largest(one, clean, "weights") > 1e-3
     assert all(w.isfinite().all() for w in one["all"].values())
     told(folder, "spoiled")
@@ -53,9 +58,9 @@ def test_a_spoiled_step_is_counted_told_and_as_if_it_had_never_been(folder, one)
 
 def told(folder, name):
     skipped = [(r["images_seen"], r["train/skipped_steps"]) for r in rows(folder, name) if r["train/skipped_steps"]]
-    assert skipped == [("64", "1"), ("96", "2")]
+    assert skipped == [("64", "1"), ("96", "2"), ("128", "3")]
     say = "the {} at {} images was not finite: that step was not taken"
-    texts = [say.format("gradient", 48), say.format("loss", 80)]
+    texts = [say.format("gradient", 48), say.format("loss", 80), say.format("gradient", 112)]
     assert alerts(folder, name) == [["step not taken", text] for text in texts]
 
 
@@ -70,6 +75,17 @@ def test_steps_that_one_rank_spoils_are_taken_by_none(folder, one, strategy, mic
     assert largest(two, one, "weights") < 1e-3
     assert largest(two, one, "ema") < 1e-3
     told(folder, name)
+
+
+def test_without_clipping_the_same_steps_are_taken_by_none(folder, one):
+    free = [*SPOILED, "trainer.gradient_clip_norm=null"]
+    alone = spied(folder, "free", "strategy=single", *free)
+    assert alone["kept"] == one["kept"]
+    assert largest(alone, one, "weights") > 1e-3  # the others were clipped
+    for strategy in ("zero2", "zero3"):
+        two = spied(folder, f"free-{strategy}", f"strategy={strategy}", *free)
+        assert two["kept"] == one["kept"]
+        assert largest(two, alone, "weights") < 1e-3
 
 
 @pytest.mark.parametrize("strategy", ["single", "zero2"])
