@@ -47,7 +47,7 @@ MAY_CHANGE_INSIDE = (
     "data.damage_budget",
 )
 # What may not even with resume.allow_config_change: a checkpoint's progress and optimizer state would not fit.
-MUST_STAY = ("batch_size", "optimizer._target_", "ema._target_", "ema.profiles*")
+MUST_STAY = ("batch_size", "optimizer._target_", "ema._target_", "ema.profiles*", "ema.main")
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:

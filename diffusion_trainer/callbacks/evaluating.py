@@ -152,7 +152,11 @@ def _has(history: Sequence[dict], images_seen: int) -> bool:
 
 def _written(folder: Path) -> list[dict]:
     path = folder / REPORT
-    return json.loads(path.read_text())["history"] if path.is_file() else []
+    try:
+        return list(json.loads(path.read_text())["history"]) if path.is_file() else []
+    except (ValueError, TypeError, KeyError) as error:
+        print(f"warning: {path} is damaged ({error}): evaluations since the last checkpoint are done again", flush=True)
+        return []
 
 
 class _evaluation_mode:

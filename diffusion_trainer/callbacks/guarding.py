@@ -18,6 +18,7 @@ from diffusion_trainer.training.saving import order_of
 KEY = "guard"  # in the run's state
 CHECKPOINTS = "checkpoints"  # folder of a run
 TO_DEVIATION = 1.4826  # of a normal law over its median absolute deviation
+LEAST_DEVIATION = 1e-3  # of the usual loss: one that hardly moves has no spikes in its last digits
 NONE = [0.0, 0.0, 0.0]  # said of no step
 
 
@@ -124,7 +125,7 @@ class Guarding(RunCallback):
         losses = list(self._losses)
         past, now = losses[: self.history], median(losses[self.history :])
         usual = median(past)
-        deviation = TO_DEVIATION * median(abs(loss - usual) for loss in past)
+        deviation = max(TO_DEVIATION * median(abs(loss - usual) for loss in past), LEAST_DEVIATION * abs(usual))
         if now > usual + self.spike * deviation:
             reason = f"the loss was {now:.4g} in the last {self.recent} steps, {usual:.4g} in the {self.history} before"
             self._go_back(at - (self.recent - 1) * self.run.module.progress.batch_size, reason)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffusion_trainer.conventions import PassingError
+from diffusion_trainer.training.checkpoint_files import sync
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk, or a user's share of it, that has no room left
 
@@ -20,6 +21,7 @@ def whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
+        sync(part)  # else an empty file may stand there after the power was lost
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

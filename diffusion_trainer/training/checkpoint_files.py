@@ -5,12 +5,14 @@ another run. They prove nothing about who wrote a file; that nothing in it can r
 Nothing goes through $TMPDIR: a file is written in the folder that it stays in.
 """
 
+import errno
 import json
 import math
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -33,6 +35,22 @@ class DamagedCheckpoint(UserError):
     def __init__(self, path: Path, problem: str):
         self.problem = f"checkpoint file {path} is damaged: {problem}"
         super().__init__(f"{self.problem}. Remove that checkpoint's folder, or name another, to use the one before it")
+
+
+PASSING = {
+    getattr(errno, name)
+    for name in (
+        *("ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "ENOMEM", "EMFILE", "ENFILE", "ENOTCONN"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNREFUSED"),
+    )
+}
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to raise where a file of a checkpoint cannot be read: it is damaged, or a file system does not answer."""
+    if error.errno in PASSING:
+        return PassingError(f"checkpoint file {path} cannot be read now: {error}. Start the run again: it may be whole")
+    return DamagedCheckpoint(path, str(error))
 
 
 Layout = tuple[torch.dtype, Sequence[int]]  # of a tensor: dtype, shape
@@ -119,7 +137,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if manifest.pop("crc32", None) != _crc32_of(manifest):
             raise ValueError("its checksum is not that of its content")
         return _checked(manifest)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(path, _say(error)) from error
 
 
@@ -134,10 +154,10 @@ def _checked(manifest: dict[str, Any]) -> dict[str, Any]:
     _check(_is_count(manifest["images_seen"]), "images_seen is no number of images")
     steps = manifest["optimizer_steps"]
     _check(type(steps) in (int, float) and 0 <= steps < math.inf, "optimizer_steps is no number of steps")
-    files = {name: Written(int(f["size"]), int(f["crc32"])) for name, f in manifest["files"].items()}
+    files = {name: Written(f["size"], f["crc32"]) for name, f in manifest["files"].items()}
     wrong = [name for name in files if not TENSORS.fullmatch(name)]
     _check(not wrong, f"it names the file {wrong[:1]}, which is none of a checkpoint")
-    _check(all(_is_count(f.size) for f in files.values()), "a size is none")
+    _check(all(map(_is_count, chain(*files.values()))), "a size or checksum is none")
     shapes = manifest["parameters"].values()
     _check(all(isinstance(shape, list) and all(map(_is_count, shape)) for shape in shapes), "a shape is none")
     numbers = sum(math.prod(shape) for shape in shapes)

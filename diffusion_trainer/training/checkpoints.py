@@ -17,10 +17,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.training import saving
 from diffusion_trainer.training.agreement import Agreement
-from diffusion_trainer.training.checkpoint_files import MANIFEST, DamagedCheckpoint, read_back, read_manifest
+from diffusion_trainer.training.checkpoint_files import (
+    MANIFEST,
+    DamagedCheckpoint,
+    read_back,
+    read_manifest,
+    unreadable,
+)
 from diffusion_trainer.training.saving import LATEST, folders, order_of
 from diffusion_trainer.training.sharding import Sharding
 from diffusion_trainer.training.snapshots import WEIGHT, Snapshots, shapes_of
@@ -61,7 +67,7 @@ def resumable(root: Path, agreement: Agreement, thorough: bool = True) -> Resuma
     """The newest checkpoint that is whole, the same on all ranks, which must all call it; None if there has been none.
 
     thorough: checksums too, each file's on one of the ranks; else what can be seen without reading it. UserError if
-    there are checkpoints and none is whole, or if ranks see different ones.
+    there are checkpoints and none is whole, or if ranks see different ones; PassingError if one cannot be read now.
     """
     names = agreement.gather([p.name for p in _up_to_latest(root)])
     if any(seen != names[0] for seen in names):  # a network file system that has not caught up
@@ -73,7 +79,9 @@ def resumable(root: Path, agreement: Agreement, thorough: bool = True) -> Resuma
         problems = [p for p in agreement.gather(problem) if p]
         if not problems:
             return Resumable(checkpoint, damage, [root / name for name in names[0][:i]])
-        damage.append(problems[0])
+        if passing := [p.text for p in problems if p.passing]:
+            raise PassingError(passing[0])
+        damage.append(problems[0].text)
     if damage:
         raise UserError(
             "\n  ".join([f"no checkpoint in {root} is whole:", *damage]) + "\nPut one of these files back, or begin "
@@ -88,7 +96,12 @@ def _up_to_latest(root: Path) -> list[Path]:
     return [p for p in there if named is None or order_of(p) <= order_of(named)] or there
 
 
-def _look(folder: Path, share: slice | None) -> tuple["Checkpoint | None", str | None]:
+class Problem(NamedTuple):
+    text: str
+    passing: bool  # whether the checkpoint cannot be read now, and may be whole
+
+
+def _look(folder: Path, share: slice | None) -> tuple["Checkpoint | None", Problem | None]:
     """The checkpoint, or what is wrong with it. share: of its files, whose checksums this rank looks at."""
     try:
         checkpoint = Checkpoint(folder)
@@ -96,7 +109,9 @@ def _look(folder: Path, share: slice | None) -> tuple["Checkpoint | None", str |
             checkpoint.verify(sorted(checkpoint.files)[share])
             checkpoint.verified |= set(checkpoint.files)  # the others' too, once they say so
     except DamagedCheckpoint as error:
-        return None, error.problem
+        return None, Problem(error.problem, passing=False)
+    except PassingError as error:
+        return None, Problem(str(error), passing=True)
     return checkpoint, None
 
 
@@ -126,7 +141,9 @@ class Checkpoint:
         for name in self.files:
             try:
                 self._open(name)
-            except (OSError, SafetensorError, ValueError) as error:
+            except OSError as error:
+                raise unreadable(folder / name, error) from error
+            except (SafetensorError, ValueError) as error:
                 raise self._damaged(name, str(error)) from error
         self._check_complete()
 
@@ -153,7 +170,8 @@ class Checkpoint:
             raise ValueError(f"it has {path.stat().st_size} bytes, the manifest says {size}")
         file = safe_open(path, framework="pt")
         for key in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            kind, parameter, first = key.split("/")
+            kind, _, run = key.partition("/")
+            parameter, _, first = run.rpartition("/")
             shape = file.get_slice(key).get_shape()
             if parameter not in self.shapes or len(shape) != 1 or not first.isdecimal():
                 raise ValueError(f"it holds {key:.80}, which is no run of a parameter")
@@ -168,7 +186,7 @@ class Checkpoint:
             try:
                 found = read_back(self.folder / name)
             except OSError as error:
-                raise self._damaged(name, str(error)) from error
+                raise unreadable(self.folder / name, error) from error
             if found != self.files[name]:
                 raise self._damaged(name, "its checksum is not the manifest's")
             self.verified.add(name)

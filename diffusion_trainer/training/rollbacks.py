@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import DamagedCheckpoint, write_text
 from diffusion_trainer.training.checkpoints import Checkpoint, put_aside
@@ -30,8 +31,7 @@ class Rollbacks:
 
     def __init__(self, folder: Path):
         self.path = folder / FILE
-        entries = json.loads(self.path.read_text()) if self.path.is_file() else []
-        self.all = [Rollback(**entry) for entry in entries]
+        self.all = _read(self.path) if self.path.is_file() else []
 
     def left_out(self, images_seen: int) -> int:
         """How many samples a run that goes on from a checkpoint of so many images has left out until then: the next
@@ -54,6 +54,22 @@ class Rollbacks:
     def _write(self, rollbacks: list[Rollback]) -> None:
         write_text(self.path, json.dumps([asdict(r) for r in rollbacks], indent=1) + "\n")
         self.all = rollbacks
+
+
+def _read(path: Path) -> list[Rollback]:
+    try:
+        entries = json.loads(path.read_text())
+        found = [Rollback(**entry) for entry in entries]
+        if isinstance(entries, list) and all(
+            type(n) is int and n >= 0 for r in found for n in (r.images_seen, r.left_out)
+        ):
+            return found
+    except (ValueError, TypeError, RecursionError):
+        pass  # told below
+    raise UserError(
+        f"{path} is damaged: it says which data the run has left out, and would see again without it. Put the file "
+        "back, or remove it (the run's log has each rollback) to go on with all data"
+    )
 
 
 def left_out(folder: Path, images_seen: int, agreement: Agreement) -> int:

@@ -62,7 +62,7 @@ def test_what_may_change_is_this_and_nothing_else(shards):
         "network.checkpoint_blocks", "data.sources.*.shards", "data.num_workers", "data.prefetch", "data.shards",
         "data.store", "data.damage_budget",
     )  # fmt: skip
-    assert folders.MUST_STAY == ("batch_size", "optimizer._target_", "ema._target_", "ema.profiles*")
+    assert folders.MUST_STAY == ("batch_size", "optimizer._target_", "ema._target_", "ema.profiles*", "ema.main")
 
 
 MAY = ["sampler.num_steps=7", "callbacks.evaluate.every_n_images=9", "data.num_workers=3", "num_images=96"]

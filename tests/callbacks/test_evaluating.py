@@ -297,6 +297,15 @@ def test_a_checkpoint_of_the_order_before_has_its_history_in_its_state(train, ca
     assert report(tmp_path / "run")["history"] == whole
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"history": 7}'])
+def test_a_damaged_report_is_told_and_made_again(train, calls, tmp_path, whole, text, capsys):
+    assert train(128) == 0
+    (tmp_path / "run" / "metrics.json").write_text(text)
+    assert train(192) == 0
+    assert "metrics.json is damaged" in capsys.readouterr().out
+    assert report(tmp_path / "run")["history"] == whole
+
+
 def test_the_weights_are_back_in_their_place_before_a_stop_saves_them(train, calls, tmp_path):
     """The evaluation exchanges them for their averages."""
     calls[64] = interrupt

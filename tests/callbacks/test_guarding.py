@@ -153,6 +153,12 @@ def test_noise_of_any_size_and_a_falling_loss_are_no_spike(tmp_path):
     assert not run.stopping
 
 
+def test_the_last_digits_of_a_loss_that_does_not_move_are_no_spike(tmp_path):
+    losses = np.full(1400, 0.5)
+    losses[1000:] += 1e-7
+    assert not guarded(tmp_path, Guarding(), losses, [0]).stopping
+
+
 @pytest.mark.parametrize("factor", [1.5, 3.0, 100.0])
 def test_a_loss_that_rises_and_stays_is_one(tmp_path, factor):
     noise = np.random.default_rng(1)

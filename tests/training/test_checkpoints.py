@@ -83,3 +83,10 @@ def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path, sharding):
     folder = save(tmp_path, 64, sharding)
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
     json.loads((folder / "manifest.json").read_text())
+
+
+def test_a_parameter_may_have_any_name(tmp_path):
+    model = torch.nn.ModuleDict({"8x8/conv": torch.nn.Linear(3, 2)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    folder = checkpoints.save(tmp_path, 1, Replicated(model, optimizer), {}, Agreement(), 2)
+    assert torch.equal(checkpoints.Checkpoint(folder).whole("weight")["8x8/conv.weight"], model["8x8/conv"].weight)

@@ -2,14 +2,16 @@
 before.
 """
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from saved import content, read, same, save, save_by_two, trained
 
-from diffusion_trainer.conventions import UserError
+from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import DamagedCheckpoint, read_back, sealed
@@ -144,6 +146,7 @@ HOSTILE = [
     ("optimizer_steps", [float("nan"), float("inf"), -1, "1", None, True]),
     ("parameters", [[], {"weight": [-1, 3]}, {"weight": [2.0, 3]}, {"weight": "23"}, {"weight": [10**9] * 4}, None]),
     ("parameters", [{"weight": [2, 3], "bias": [10**9]}, {"weight": [3, 3], "bias": [2]}, {"weight": [2, 3]}]),
+    ("files", [{"rank-00000.safetensors": {"size": n, "crc32": 1}} for n in (float("inf"), float("nan"), -1, 1.5)]),
     ("files", [[], {}, None, {"rank-00000.safetensors": 5}, {"rank-00000.safetensors": {"size": "x", "crc32": 1}}]),
     ("state", [[], None, "x"]),
 ]
@@ -275,12 +278,33 @@ SAME = object()
 def test_each_rank_looks_at_its_share_and_all_go_back_if_one_finds_damage(root, rank, monkeypatch):
     looked = []
     monkeypatch.setattr(checkpoints, "read_back", lambda path: looked.append(path.name) or read_back(path))
-    found = checkpoints.resumable(root, Hears(rank, [SAME, "the other's file is damaged", None]))
+    damaged = checkpoints.Problem("the other's file is damaged", passing=False)
+    found = checkpoints.resumable(root, Hears(rank, [SAME, damaged, None]))
     assert found.checkpoint.folder.name == OLD
     assert found.damage == ["the other's file is damaged"]
     assert looked == [FILES[rank]] * 2
     assert same(read(found.checkpoint), content(trained(64)))
     assert looked == [FILES[rank]] * 2  # what the others have looked at is not looked at again
+
+
+@pytest.mark.parametrize("where", ["read_back", "safe_open", "read_manifest"])
+def test_a_file_that_cannot_be_read_now_is_no_damage(root, where, monkeypatch):
+    """Nothing is put aside for it: the next start may find the checkpoint whole."""
+
+    def stale(*arguments, **options):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    if where == "read_manifest":
+        monkeypatch.setattr(Path, "read_bytes", stale)
+    else:
+        monkeypatch.setattr(checkpoints, where, stale)
+    with pytest.raises(PassingError, match=rf"{NEW}/\S+ cannot be read now: .*Stale file handle.*Start the run again"):
+        checkpoints.resumable(root, Agreement())
+
+
+def test_all_ranks_start_again_if_one_cannot_read_now(root):
+    with pytest.raises(PassingError, match="of the other"):
+        checkpoints.resumable(root, Hears(0, [SAME, checkpoints.Problem("of the other", passing=True)]))
 
 
 def test_ranks_that_see_different_checkpoints_do_not_go_on(root):
