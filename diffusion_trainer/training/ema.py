@@ -169,9 +169,14 @@ def attach_ema(optimizer: Optimizer, decays: Mapping[str, Callable[[], float]], 
     optimizer.register_step_post_hook(after)
 
 
-def approach(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
-    """averages += share * (weights - averages); `share` is a number on the device (lerp takes only the host's)."""
+def approach(averages: list[Tensor], weights: list[Tensor], share: Tensor | float) -> None:
+    """averages += share * (weights - averages); where `share` is a number on a device, nobody waits for it."""
+    if isinstance(share, Tensor) and share.device.type == "cpu":
+        share = share.item()
     for ours, theirs in _chunks(averages, [w.detach() for w in weights]):
+        if isinstance(share, float):
+            torch._foreach_lerp_(ours, theirs, share)
+            continue
         difference = torch._foreach_sub(theirs, ours)
         torch._foreach_mul_(difference, share)
         torch._foreach_add_(ours, difference)
