@@ -171,15 +171,14 @@ def attach_ema(optimizer: Optimizer, decays: Mapping[str, Callable[[], float]], 
 
 def approach(averages: list[Tensor], weights: list[Tensor], share: Tensor | float) -> None:
     """averages += share * (weights - averages); where `share` is a number on a device, nobody waits for it."""
-    if isinstance(share, Tensor) and share.device.type == "cpu":
-        share = share.item()
+    on_device = isinstance(share, Tensor) and share.device.type != "cpu"
     for ours, theirs in _chunks(averages, [w.detach() for w in weights]):
-        if isinstance(share, float):
-            torch._foreach_lerp_(ours, theirs, share)
-            continue
-        difference = torch._foreach_sub(theirs, ours)
-        torch._foreach_mul_(difference, share)
-        torch._foreach_add_(ours, difference)
+        if on_device:  # lerp would be a kernel for each tensor
+            difference = torch._foreach_sub(theirs, ours)
+            torch._foreach_mul_(difference, share)
+            torch._foreach_add_(ours, difference)
+        else:
+            torch._foreach_lerp_(ours, theirs, [share] * len(ours) if isinstance(share, Tensor) else share)
 
 
 def _chunks(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
