@@ -18,6 +18,7 @@ import torch
 
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.resuming import resumable
 from diffusion_trainer.training.saving import Saver
 from diffusion_trainer.training.sharding import Replicated, Slot
 from diffusion_trainer.training.snapshots import Snapshots
@@ -43,7 +44,7 @@ class Half(Replicated):
 
 
 def load(root: Path, sharding: Replicated) -> None:
-    checkpoints.load(checkpoints.resumable(root, Agreement()).checkpoint, sharding)
+    checkpoints.load(resumable(root, Agreement()).checkpoint, sharding)
 
 
 def seconds(work) -> float:

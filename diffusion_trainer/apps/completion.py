@@ -11,8 +11,8 @@ from diffusion_trainer.apps.nodes import build
 from diffusion_trainer.callbacks.evaluating import owed
 from diffusion_trainer.callbacks.redaction import filled
 from diffusion_trainer.conventions import UserError
-from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.resuming import resumable
 
 
 def trained(config: Mapping[str, Any]) -> bool:
@@ -36,7 +36,7 @@ def at_its_end(config: Mapping[str, Any], folder: Path) -> int | None:
 
     UserError for a checkpoint that is damaged.
     """
-    checkpoint = checkpoints.resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
+    checkpoint = resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
     if checkpoint is None or checkpoint.images_seen < config["num_images"]:
         return None
     return None if owed(callbacks_of(config), folder, checkpoint) else checkpoint.images_seen

@@ -34,7 +34,8 @@ from diffusion_trainer.callbacks.ema_snapshots import FOLDER as SNAPSHOTS
 from diffusion_trainer.evaluation.writing import FULL
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import write_tensors
-from diffusion_trainer.training.checkpoints import latest, resumable
+from diffusion_trainer.training.checkpoints import latest
+from diffusion_trainer.training.resuming import resumable
 
 WRITTEN_BYTES = 1 << 24  # by each process, to see how fast
 TMPDIR_BYTES = 100_000_000  # for sockets and logs of libraries

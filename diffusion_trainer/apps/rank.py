@@ -34,6 +34,7 @@ from diffusion_trainer.streaming.looking_ahead import LookingAhead
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.module import DiffusionModule, Progress
+from diffusion_trainer.training.resuming import put_aside, resumable
 from diffusion_trainer.training.rollbacks import Rollbacks, left_out
 from diffusion_trainer.training.trainer import resume_counters
 
@@ -141,11 +142,11 @@ class _Begin(Callback):
         self.begun.meet(self.agreement, self.callbacks)
         # Not before: rank 0 has written them, and may have begun later than others.
         initial.apply(module.model, initial.read(self.folder), self.config["init_from"])
-        found = checkpoints.resumable(self.folder / "checkpoints", self.agreement)
+        found = resumable(self.folder / "checkpoints", self.agreement)
         self.checkpoint = found.checkpoint
         for problem, damaged in zip(found.damage, found.damaged, strict=True):
             if first:
-                aside = checkpoints.put_aside(damaged)
+                aside = put_aside(damaged)
                 at = self.checkpoint.folder.name
                 print(f"  WARNING: {problem}\n  It is {aside.name} now; going on from {at}, the one before", flush=True)
         if first:

@@ -24,6 +24,7 @@ from diffusion_trainer.evaluation.writing import whole
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoints import Checkpoint
+from diffusion_trainer.training.resuming import resumable
 
 VERB = "diffusion-trainer submit"
 OWN = ("launcher", *SubmitConfig.model_fields)
@@ -83,7 +84,7 @@ def check(overrides: Sequence[str]) -> dict:
 
 
 def _newest(folder: Path) -> Checkpoint | None:
-    return checkpoints.resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
+    return resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
 
 
 def _check_lead(seconds: int, newest: Checkpoint | None) -> None:

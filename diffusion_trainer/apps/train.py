@@ -38,6 +38,7 @@ from diffusion_trainer.conventions import UserError
 from diffusion_trainer.streaming.loader import Layout
 from diffusion_trainer.training import checkpoints
 from diffusion_trainer.training.agreement import Agreement
+from diffusion_trainer.training.resuming import resumable
 
 CHECKED = ("optimizer", "ema", "guidance", "callbacks", "logger")  # what is built once to see that it can be
 
@@ -162,7 +163,7 @@ def preflight(config: dict[str, Any], world: int, folder: Path) -> str:
 
 def _newest(folder: Path) -> checkpoints.Checkpoint | None:
     """What the run goes on from, unless a checksum says later that it is damaged."""
-    return checkpoints.resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
+    return resumable(folder / "checkpoints", Agreement(), thorough=False).checkpoint
 
 
 def sizes(config: dict[str, Any], world: int) -> None:

@@ -134,21 +134,23 @@ class Guarding(RunCallback):
         """To the newest whole checkpoint of at most `began` images. All ranks must call it."""
         run = self.run
         run.settle()  # a checkpoint may be on its way to the disk
-        mine = (before(run.folder / CHECKPOINTS, began), len(Rollbacks(run.folder).all)) if run.first else None
-        found, rollbacks = run.agreement.gather(mine)[0]
+        found, damage, _ = before(run.folder / CHECKPOINTS, began, run.agreement)
+        rollbacks = run.agreement.gather(len(Rollbacks(run.folder).all) if run.first else None)[0]
         where = f"At {run.images_seen:,} images {reason}"
         if found is None or rollbacks >= self.rollbacks:
-            why = f"{rollbacks} rollbacks were of no use" if found else "there is no whole checkpoint from before"
+            none = "; ".join(["there is no whole checkpoint from before", *damage])
+            why = f"{rollbacks} rollbacks were of no use" if found else none
             raise UserError(
                 f"{where}, and {why}. Begin anew under another name=... with a lower optimizer.lr, a longer warm-up "
                 "(optimizer.lr_schedule.warmup_images) or clipped gradients (trainer.gradient_clip_norm=1.0)"
             )
-        images, _ = order_of(found)
-        problems = run.agreement.gather(self._leave_out(found, images, reason) if run.first else None)
+        images = found.images_seen
+        problems = run.agreement.gather(self._leave_out(found.folder, images, reason) if run.first else None)
         if problems[0]:
             raise UserError(f"{where}; going back to {images:,} failed: {problems[0]}")
         run.saved_at = images
-        run.alert("rollback", f"{where}: going back to {images:,}, and on with the data after these")
+        passed_over = "".join(f" (not to a newer one: {problem})" for problem in damage)
+        run.alert("rollback", f"{where}: going back to {images:,}{passed_over}, and on with the data after these")
         run.stopping = run.rolled_back = run.trainer.should_stop = True
 
     def _leave_out(self, checkpoint: Path, images: int, reason: str) -> str | None:

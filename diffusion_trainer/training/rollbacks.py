@@ -6,8 +6,8 @@ from pathlib import Path
 
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.agreement import Agreement
-from diffusion_trainer.training.checkpoint_files import DamagedCheckpoint, write_text
-from diffusion_trainer.training.checkpoints import Checkpoint, put_aside
+from diffusion_trainer.training.checkpoint_files import write_text
+from diffusion_trainer.training.resuming import Resumable, newest_whole, put_aside
 from diffusion_trainer.training.saving import LATEST, folders, order_of
 
 FILE = "rollbacks.json"
@@ -78,16 +78,9 @@ def left_out(folder: Path, images_seen: int, agreement: Agreement) -> int:
     return agreement.gather(Rollbacks(folder).left_out(images_seen) if first else None)[0]
 
 
-def before(root: Path, images_seen: int) -> Path | None:
-    """The newest checkpoint under `root` with at most so many images that is whole, checksums too; None without one."""
-    for folder in reversed([p for p in folders(root) if order_of(p)[0] <= images_seen]):
-        try:
-            checkpoint = Checkpoint(folder)
-            checkpoint.verify(checkpoint.files)
-        except DamagedCheckpoint:
-            continue
-        return folder
-    return None
+def before(root: Path, images_seen: int, agreement: Agreement) -> Resumable:
+    """The newest checkpoint under `root` with at most so many images that is whole, checksums too. All must call it."""
+    return newest_whole(root, [p for p in folders(root)[::-1] if order_of(p)[0] <= images_seen], agreement)
 
 
 def go_back_to(checkpoint: Path) -> None:

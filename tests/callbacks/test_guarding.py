@@ -1,6 +1,7 @@
 """When the guard counts, when it goes back and how far, and when it lets be."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,7 +124,9 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert guarded(tmp_path, guard, [1, 1, 1, NAN, NAN, NAN]).rolled_back
+    run = guarded(tmp_path, guard, [1, 1, 1, NAN, NAN, NAN])
+    assert run.rolled_back
+    assert re.search(r"going back to 32 \(not to a newer one: .*000064/rank-00000.*checksum", run.alerts[-1][1])
     assert Rollbacks(tmp_path).all[0].images_seen == BATCH
 
 

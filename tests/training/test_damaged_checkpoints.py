@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import each
 from saved import content, read, same, save, save_by_two, trained
 
 from diffusion_trainer.conventions import PassingError, UserError
-from diffusion_trainer.training import checkpoints
+from diffusion_trainer.training import checkpoints, resuming
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoint_files import DamagedCheckpoint, read_back, sealed
 from diffusion_trainer.training.checkpoints import Checkpoint
+from diffusion_trainer.training.rollbacks import before
 
 OLD, NEW = "images-000000000064", "images-000000000128"
 FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "manifest.json"]
@@ -41,7 +43,7 @@ def check_refused(root, name):
     with pytest.raises(DamagedCheckpoint, match=f"{NEW}/{name}") as caught:
         read(Checkpoint(root / NEW))
     assert isinstance(caught.value, UserError)
-    found = checkpoints.resumable(root, Agreement())
+    found = resuming.resumable(root, Agreement())
     assert found.checkpoint.folder.name == OLD
     assert [p.name for p in found.damaged] == [NEW]
     assert f"{NEW}/{name}" in found.damage[0]
@@ -158,7 +160,7 @@ def test_a_manifest_with_the_right_checksum_and_wrong_values(root, key, value):
     (root / NEW / "manifest.json").write_text(sealed({**manifest, key: value}))
     with pytest.raises(DamagedCheckpoint, match=NEW):
         read(Checkpoint(root / NEW))
-    assert checkpoints.resumable(root, Agreement()).checkpoint.folder.name == OLD
+    assert resuming.resumable(root, Agreement()).checkpoint.folder.name == OLD
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_a_file_of_tensors_with_the_right_checksum_that_is_hostile(root, what):
     (root / NEW / "manifest.json").write_text(sealed(manifest))
     with pytest.raises(DamagedCheckpoint, match=NEW):
         read(Checkpoint(root / NEW))
-    assert checkpoints.resumable(root, Agreement()).checkpoint.folder.name == OLD
+    assert resuming.resumable(root, Agreement()).checkpoint.folder.name == OLD
 
 
 def test_what_would_be_right_is_taken(root):
@@ -248,14 +250,14 @@ def test_none_is_whole(root):
     for name in (OLD, NEW):
         truncate(root / name / FILES[1])
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole") as caught:
-        checkpoints.resumable(root, Agreement())
+        resuming.resumable(root, Agreement())
     assert all(f"{name}/{FILES[1]}" in str(caught.value) for name in (OLD, NEW))
 
 
 def test_one_of_another_version_is_no_damage(root):
     (root / NEW / "manifest.json").write_text(sealed({**opened(root / NEW), "format": 1}))
     with pytest.raises(UserError, match="format 1; this version reads 2") as caught:
-        checkpoints.resumable(root, Agreement())
+        resuming.resumable(root, Agreement())
     assert not isinstance(caught.value, DamagedCheckpoint)
 
 
@@ -272,14 +274,16 @@ class Hears(Agreement):
 
 
 SAME = object()
+SEARCHES = {"a start": resuming.resumable, "a rollback": lambda root, agreement: before(root, 128, agreement)}
 
 
+@each("search", SEARCHES)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_rank_looks_at_its_share_and_all_go_back_if_one_finds_damage(root, rank, monkeypatch):
+def test_each_rank_looks_at_its_share_and_all_go_back_if_one_finds_damage(root, rank, search, monkeypatch):
     looked = []
     monkeypatch.setattr(checkpoints, "read_back", lambda path: looked.append(path.name) or read_back(path))
-    damaged = checkpoints.Problem("the other's file is damaged", passing=False)
-    found = checkpoints.resumable(root, Hears(rank, [SAME, damaged, None]))
+    damaged = resuming.Problem("the other's file is damaged", passing=False)
+    found = search(root, Hears(rank, [SAME, damaged, None]))
     assert found.checkpoint.folder.name == OLD
     assert found.damage == ["the other's file is damaged"]
     assert looked == [FILES[rank]] * 2
@@ -299,26 +303,28 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(root, where, monkeypatch):
     else:
         monkeypatch.setattr(checkpoints, where, stale)
     with pytest.raises(PassingError, match=rf"{NEW}/\S+ cannot be read now: .*Stale file handle.*Start the run again"):
-        checkpoints.resumable(root, Agreement())
+        resuming.resumable(root, Agreement())
 
 
-def test_all_ranks_start_again_if_one_cannot_read_now(root):
+@each("search", SEARCHES)
+def test_all_ranks_start_again_if_one_cannot_read_now(root, search):
     with pytest.raises(PassingError, match="of the other"):
-        checkpoints.resumable(root, Hears(0, [SAME, checkpoints.Problem("of the other", passing=True)]))
+        search(root, Hears(0, [SAME, resuming.Problem("of the other", passing=True)]))
 
 
-def test_ranks_that_see_different_checkpoints_do_not_go_on(root):
+@each("search", SEARCHES)
+def test_ranks_that_see_different_checkpoints_do_not_go_on(root, search):
     with pytest.raises(UserError, match="ranks see different checkpoints"):
-        checkpoints.resumable(root, Hears(0, [[OLD]]))
+        search(root, Hears(0, [[OLD]]))
 
 
 def test_one_put_aside_counts_as_none(root):
-    kept = checkpoints.put_aside(root / NEW)
+    kept = resuming.put_aside(root / NEW)
     assert kept.name == f"aside-{NEW}"
     assert checkpoints.latest(root).name == OLD
-    assert checkpoints.resumable(root, Agreement()).damage == []
+    assert resuming.resumable(root, Agreement()).damage == []
     save(root, 128)
-    assert checkpoints.put_aside(root / NEW).name == f"aside-{NEW}-again"
+    assert resuming.put_aside(root / NEW).name == f"aside-{NEW}-again"
     save(root, 192, keep=1)
     assert sorted(p.name for p in root.glob("*images*")) == [
         f"aside-{NEW}",

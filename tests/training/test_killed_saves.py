@@ -9,7 +9,7 @@ from multiprocessing import Pipe
 import pytest
 from saved import Half, Piped, content, ended, forked, read, same, save, save_by_two, trained
 
-from diffusion_trainer.training import checkpoint_files, checkpoints
+from diffusion_trainer.training import checkpoint_files, checkpoints, resuming
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoints import Checkpoint
 from diffusion_trainer.training.saving import folders
@@ -115,7 +115,7 @@ def test_at_every_instant_there_is_a_whole_checkpoint(tmp_path, monkeypatch, who
         if images:
             shutil.copytree(tmp_path / "before", root)
         was_killed = KILLERS[who](root, images or 64, last)
-        found = checkpoints.resumable(root, Agreement())
+        found = resuming.resumable(root, Agreement())
         seen.add(check(found.checkpoint, images, old, new))
         assert found.damage == []
         assert all(read(Checkpoint(folder)) for folder in folders(root))  # whatever has a checkpoint's name is one

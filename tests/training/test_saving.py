@@ -15,7 +15,7 @@ from saved import content, read, same, save, save_by_two, trained
 from small_disks import fill, mounted
 
 import diffusion_trainer
-from diffusion_trainer.training import checkpoints, saving
+from diffusion_trainer.training import checkpoints, resuming, saving
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.checkpoints import Checkpoint
 from diffusion_trainer.training.saving import Saver
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_the_one_before_and_room_makes_the_next(small_disk):
     ):
         save(small_disk, 128, sharding)
     assert sorted(p.name for p in small_disk.iterdir()) == ["images-000000000064", "latest", "other"]
-    assert same(read(checkpoints.resumable(small_disk, Agreement()).checkpoint), content(sharding))
+    assert same(read(resuming.resumable(small_disk, Agreement()).checkpoint), content(sharding))
     (small_disk / "other").unlink()
     save(small_disk, 128, sharding)
     assert checkpoints.latest(small_disk).name == "images-000000000128"
