@@ -1,4 +1,4 @@
-"""Continuous integration runs each test: nothing falls between the commands, or runs twice."""
+"""Continuous integration runs each test, or has it in a turn: nothing falls between the commands, or runs twice."""
 
 import re
 import shlex
@@ -43,12 +43,21 @@ def selections(*targets: str) -> list[Selection]:
     return [Selection.of(line) for line in output.replace("\\\n", " ").splitlines() if "-m pytest" in line]
 
 
+PARTS = [f"PART={part}" for part in range(2)]
+
+
 @each(("slow", "gpu"), MARKS)
-def test_continuous_integration_runs_every_test_once(slow, gpu):
-    targets = re.findall(r"^make (\w+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    runs = selections(*targets)
+def test_continuous_integration_runs_every_test_once_or_in_its_turn(slow, gpu):
+    script = (ROOT / ".ci" / "run").read_text()
+    assert f"% {len(PARTS)}))" in script
+    targets = re.findall(r"^make (\w+)", script, re.MULTILINE)
+    turns = [selections(*targets, part) for part in PARTS]
+    matrices = selections("matrices")
     for file in FILES:
-        assert sum(selection.has(file, slow, gpu) for selection in runs) == 1, file
+        counts = [sum(s.has(file, slow, gpu) for s in turn) for turn in turns]
+        assert counts == [1, 1] or sorted(counts) == [0, 1], file
+        if 0 in counts:
+            assert sum(s.has(file, slow, gpu) for s in matrices) == 1, file
 
 
 def test_the_files_that_the_commands_name_are_there():
