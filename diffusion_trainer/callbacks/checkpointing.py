@@ -4,7 +4,7 @@ import signal
 from types import FrameType
 
 from diffusion_trainer.callbacks.job_starts import remove_stop_files
-from diffusion_trainer.callbacks.run import DISK, SAVE, RunCallback, crossed
+from diffusion_trainer.callbacks.run import DISK, SAVE, SAVE_TIMEOUT_SECONDS, RunCallback, crossed
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.streaming.looking_ahead import ERROR_AHEAD
 from diffusion_trainer.training.agreement import Agreement
@@ -12,7 +12,6 @@ from diffusion_trainer.training.saving import NotRemoved, Saver
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAVE_SECONDS = "save_seconds"  # in the run's state: what the checkpoint before took
-SAVE_TIMEOUT_SECONDS = 3600  # that ranks wait for the slowest to write, which holds up nothing
 
 
 def signals_to_stop() -> list[signal.Signals]:

@@ -2,14 +2,13 @@
 
 from collections.abc import Collection, Mapping
 
-from diffusion_trainer.callbacks.run import DISK, RunCallback, crossed
+from diffusion_trainer.callbacks.run import DISK, SAVE_TIMEOUT_SECONDS, RunCallback, crossed
 from diffusion_trainer.training.agreement import Agreement
 from diffusion_trainer.training.ema import Ema, PowerFunction
 from diffusion_trainer.training.saving import Saver, folders, order_of
 
 FOLDER = "ema_snapshots"  # of a run
 KEY = "ema"  # in the state of a snapshot: the relative_std of each of its averages
-SAVE_TIMEOUT_SECONDS = 3600
 
 
 def lengths(ema: Ema) -> Mapping[str, float]:

@@ -153,8 +153,9 @@ def _has(history: Sequence[dict], images_seen: int) -> bool:
 def _written(folder: Path) -> list[dict]:
     path = folder / REPORT
     try:
-        return list(json.loads(path.read_text())["history"]) if path.is_file() else []
-    except (ValueError, TypeError, KeyError) as error:
+        history = json.loads(path.read_text())["history"] if path.is_file() else []
+        return [{**record, "images_seen": int(record["images_seen"])} for record in history]
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         print(f"warning: {path} is damaged ({error}): evaluations since the last checkpoint are done again", flush=True)
         return []
 

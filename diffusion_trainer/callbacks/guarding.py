@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_trainer.callbacks.ema_snapshots import FOLDER as SNAPSHOTS
-from diffusion_trainer.callbacks.run import FIRST, RunCallback
+from diffusion_trainer.callbacks.run import FIRST, SAVE_TIMEOUT_SECONDS, RunCallback
 from diffusion_trainer.conventions import UserError
 from diffusion_trainer.training.rollbacks import Rollbacks, before, go_back_to, set_aside_after
 from diffusion_trainer.training.saving import order_of
@@ -134,6 +134,7 @@ class Guarding(RunCallback):
         """To the newest whole checkpoint of at most `began` images. All ranks must call it."""
         run = self.run
         run.settle()  # a checkpoint may be on its way to the disk
+        run.beat("the search for a checkpoint", SAVE_TIMEOUT_SECONDS)
         found, damage, _ = before(run.folder / CHECKPOINTS, began, run.agreement)
         rollbacks = run.agreement.gather(len(Rollbacks(run.folder).all) if run.first else None)[0]
         where = f"At {run.images_seen:,} images {reason}"

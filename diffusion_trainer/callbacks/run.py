@@ -21,6 +21,7 @@ from diffusion_trainer.training.sharding import Sharding
 
 STOP_SECONDS = 3.0  # between two looks for the files that say so, each a request to what may be a network file system
 DISK = "disk"  # the title of alerts about it
+SAVE_TIMEOUT_SECONDS = 3600  # that ranks wait for the slowest to write or read a checkpoint
 FIRST, BEFORE_SAVE, SAVE, AFTER_SAVE, LAST = range(5)  # turns of callbacks
 
 

@@ -37,19 +37,22 @@ class DamagedCheckpoint(UserError):
         super().__init__(f"{self.problem}. Remove that checkpoint's folder, or name another, to use the one before it")
 
 
-PASSING = {
+PASSING = {  # what says nothing about the file; EIO does: it is what a disk says of a sector that it cannot read
     getattr(errno, name)
     for name in (
-        *("ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "ENOMEM", "EMFILE", "ENFILE", "ENOTCONN"),
-        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNREFUSED"),
+        *("ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "ENOMEM", "EMFILE", "ENFILE", "EBUSY", "EACCES", "EPERM"),
+        *("ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ECONNRESET", "ECONNREFUSED"),
+        *("ESHUTDOWN", "EREMOTEIO", "EKEYEXPIRED"),
     )
 }
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
-    """What to raise where a file of a checkpoint cannot be read: it is damaged, or a file system does not answer."""
-    if error.errno in PASSING:
-        return PassingError(f"checkpoint file {path} cannot be read now: {error}. Start the run again: it may be whole")
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to raise where a file of a checkpoint cannot be read: it is damaged, or it is not the file that is ill (a
+    file system does not answer, this process may not read it, memory is short).
+    """
+    if not isinstance(error, OSError) or error.errno in PASSING:
+        return PassingError(f"checkpoint file {path} cannot be read now: {error}. Try again: it may be whole")
     return DamagedCheckpoint(path, str(error))
 
 

@@ -75,7 +75,7 @@ class Checkpoint:
         for name in self.files:
             try:
                 self._open(name)
-            except OSError as error:
+            except (OSError, MemoryError, RuntimeError) as error:  # a RuntimeError: it could not be mapped into memory
                 raise unreadable(folder / name, error) from error
             except (SafetensorError, ValueError) as error:
                 raise self._damaged(name, str(error)) from error

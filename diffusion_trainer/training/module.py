@@ -14,7 +14,7 @@ from diffusion_trainer.objectives.base import LossTerms, Objective
 from diffusion_trainer.training.ema import Ema, EmaProfile, attach_ema
 from diffusion_trainer.training.loss_scale import LossScale
 from diffusion_trainer.training.model import Model
-from diffusion_trainer.training.nonfinite import NonFinite, spoiled
+from diffusion_trainer.training.nonfinite import DecidesItself, NonFinite, spoiled
 from diffusion_trainer.training.optimizers import AdamW
 from diffusion_trainer.training.randomness import LaneDraws
 
@@ -58,7 +58,7 @@ class DiffusionModule(LightningModule):
         self.last_terms: LossTerms | None = None  # of the last micro-batch, for callbacks
         self.nonfinite: NonFinite | None = None
         self._clip_norm: float | None = None
-        self._zero = False
+        self._decided = False
         self.loss_scale = LossScale() if model.dtype == torch.float16 else None
         self.train()  # Lightning leaves modules in the mode that it finds them in
 
@@ -73,7 +73,7 @@ class DiffusionModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self._clip_norm = self.trainer.gradient_clip_val
-        self._zero = getattr(self.trainer.strategy, "skips_and_clips", False)
+        self._decided = isinstance(self.trainer.strategy, DecidesItself)
 
     def on_before_batch_transfer(self, batch: Mapping, dataloader_idx: int) -> Mapping:
         if "error" not in batch:
@@ -118,7 +118,7 @@ class DiffusionModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer_choice.build(self.model)
-        self.nonfinite = NonFinite(optimizer, self._clip_norm, self._zero)
+        self.nonfinite = NonFinite(optimizer, self._clip_norm, self._decided)
         if self.loss_scale:
             self.loss_scale.attach(p for p in self.model.parameters() if p.requires_grad)
         attach_ema(optimizer, {k: partial(self._decay, track) for k, track in self.ema.tracks.items()}, self.nonfinite)

@@ -18,6 +18,10 @@ def spoiled(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, nan)
 
 
+class DecidesItself:
+    """A strategy that skips steps whose norm is not finite, and clips: it has the norm over all ranks."""
+
+
 class NonFinite:
     """Makes a fused optimizer of torch skip steps whose gradient has a norm that is not finite in float32 (of which the
     second moments would not be): weights, moments and step counters stay as they are. Others it clips to `clip_norm`.
@@ -25,8 +29,8 @@ class NonFinite:
     Gradients must have been reduced over the ranks, so that all see the same. torch looks for `found_inf` on the
     device; that is what its GradScaler uses. A parameter without a gradient has that of zero, as under ZeRO.
 
-    decided: by ZeRO, which skips such steps by itself, at the norm that it has reduced, and clips. It does not call the
-    optimizer then: who takes a step calls `forget` before it.
+    decided: by the strategy (`DecidesItself`). It does not call the optimizer for a step that it skips: who takes a
+    step calls `forget` before it.
     """
 
     def __init__(self, optimizer: Optimizer, clip_norm: float | None = None, decided: bool = False):

@@ -80,7 +80,7 @@ def left_out(folder: Path, images_seen: int, agreement: Agreement) -> int:
 
 def before(root: Path, images_seen: int, agreement: Agreement) -> Resumable:
     """The newest checkpoint under `root` with at most so many images that is whole, checksums too. All must call it."""
-    return newest_whole(root, [p for p in folders(root)[::-1] if order_of(p)[0] <= images_seen], agreement)
+    return newest_whole(root, lambda r: [p for p in folders(r)[::-1] if order_of(p)[0] <= images_seen], agreement)
 
 
 def go_back_to(checkpoint: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.optim import Optimizer
 
+from diffusion_trainer.training.nonfinite import DecidesItself
 from diffusion_trainer.training.sharding import Replicated, Sharding, Slot
 
 
@@ -128,9 +129,7 @@ def _default_timeout(seconds: int) -> None:
         distributed_c10d.default_pg_nccl_timeout = timeout
 
 
-class _DeepSpeed(DeepSpeedStrategy):
-    skips_and_clips = True  # steps whose norm is not finite, and gradients: it has the norm over all ranks
-
+class _DeepSpeed(DeepSpeedStrategy, DecidesItself):
     def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         engine, zero = super()._setup_model_and_optimizer(*args, **kwargs)
         if engine.zero_optimization_stage() == 3:

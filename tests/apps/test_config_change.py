@@ -119,6 +119,12 @@ def test_what_does_not_fit_the_checkpoints_is_refused_all_the_same(shards, overr
     assert says in refused(shards, *overrides, ALLOWED)
 
 
+def test_which_average_is_meant_by_ema_must_stay(shards):
+    """The checkpoints name the others, and call this one ema."""
+    folders.write_config(RUN, config_of(shards, "num_images=64", "ema=several"))
+    assert "ema.main: power_10 there, power_05 here" in refused(shards, "ema=several", "ema.main=power_05", ALLOWED)
+
+
 @pytest.mark.parametrize("wrong", ["resume.allow_config_change=maybe", "+resume.allow=true"])
 def test_the_key_is_of_the_schema(wrong):
     with pytest.raises(UserError, match=r"resume\.allow"):

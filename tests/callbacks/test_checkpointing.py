@@ -13,8 +13,8 @@ from saved_runs import failing, logged, named, names, overrides, run, shards, te
 from diffusion_trainer.apps import initial, rank, train
 from diffusion_trainer.apps.config import load
 from diffusion_trainer.apps.parts import TrainConfig
-from diffusion_trainer.callbacks.checkpointing import SAVE_TIMEOUT_SECONDS, Checkpointing
-from diffusion_trainer.callbacks.run import RunCallback
+from diffusion_trainer.callbacks.checkpointing import Checkpointing
+from diffusion_trainer.callbacks.run import SAVE_TIMEOUT_SECONDS, RunCallback
 from diffusion_trainer.callbacks.watchdog import Watchdog
 from diffusion_trainer.conventions import PassingError, UserError
 from diffusion_trainer.training import saving

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from cases import each
 from killed import Killed, in_a_process
 
 from diffusion_trainer.apps import rank
@@ -17,6 +18,7 @@ from diffusion_trainer.apps.config import load
 from diffusion_trainer.apps.folder import write_config
 from diffusion_trainer.apps.parts import TrainConfig
 from diffusion_trainer.apps.processes import World
+from diffusion_trainer.callbacks import evaluating
 from diffusion_trainer.callbacks.evaluating import Evaluating
 from diffusion_trainer.evaluation.evaluation import Interrupted
 from diffusion_trainer.training import saving
@@ -297,7 +299,20 @@ def test_a_checkpoint_of_the_order_before_has_its_history_in_its_state(train, ca
     assert report(tmp_path / "run")["history"] == whole
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"history": 7}'])
+DAMAGED = [
+    "", "{", "[]", "{}", '{"history": 7}', '{"history": [7]}', '{"history": "abc"}', '{"history": [{}]}',
+    '{"history": [{"images_seen": "a"}]}', '{"history": [{"images_seen": Infinity}]}', "[" * 100_000,
+]  # fmt: skip
+
+
+@each("text", {text[:30]: text for text in DAMAGED})
+def test_a_damaged_report_is_no_history(tmp_path, text, capsys):
+    (tmp_path / "metrics.json").write_text(text)
+    assert evaluating._written(tmp_path) == []
+    assert "metrics.json is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", '{"history": [7]}'])
 def test_a_damaged_report_is_told_and_made_again(train, calls, tmp_path, whole, text, capsys):
     assert train(128) == 0
     (tmp_path / "run" / "metrics.json").write_text(text)

@@ -46,6 +46,7 @@ class FakeRun(SimpleNamespace):
             rolled_back=False,
             logged=[],
             alerts=[],
+            beats=[],
         )
 
     @property
@@ -54,6 +55,9 @@ class FakeRun(SimpleNamespace):
 
     def settle(self):
         return None
+
+    def beat(self, doing, allowed_seconds=0.0):
+        self.beats.append((doing, allowed_seconds))
 
     answer = Run.answer
 
@@ -107,6 +111,7 @@ def test_so_many_in_a_row_lead_back_to_the_newest_checkpoint_and_leave_out_what_
     checkpoints = [2 * BATCH, 6 * BATCH, 8 * BATCH]
     run = guarded(tmp_path, Guarding(skipped_in_a_row=3), [1] * 5 + [NAN] * 4, checkpoints)
     assert run.rolled_back
+    assert run.beats == [("the search for a checkpoint", 3600)]  # which reads all of it
     assert run.trainer.should_stop
     assert [p.name for p in folders(tmp_path / "checkpoints")] == ["images-000000000064", "images-000000000192"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "images-000000000192"

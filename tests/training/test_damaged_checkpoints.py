@@ -4,9 +4,12 @@ before.
 
 import errno
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from cases import each
@@ -291,19 +294,41 @@ def test_each_rank_looks_at_its_share_and_all_go_back_if_one_finds_damage(root, 
     assert looked == [FILES[rank]] * 2  # what the others have looked at is not looked at again
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES, errno.ESHUTDOWN])
 @pytest.mark.parametrize("where", ["read_back", "safe_open", "read_manifest"])
-def test_a_file_that_cannot_be_read_now_is_no_damage(root, where, monkeypatch):
+def test_a_file_that_cannot_be_read_now_is_no_damage(root, where, number, monkeypatch):
     """Nothing is put aside for it: the next start may find the checkpoint whole."""
 
     def stale(*arguments, **options):
-        raise OSError(errno.ESTALE, "Stale file handle")
+        raise OSError(number, os.strerror(number))
 
     if where == "read_manifest":
         monkeypatch.setattr(Path, "read_bytes", stale)
     else:
         monkeypatch.setattr(checkpoints, where, stale)
-    with pytest.raises(PassingError, match=rf"{NEW}/\S+ cannot be read now: .*Stale file handle.*Start the run again"):
+    with pytest.raises(PassingError, match=rf"{NEW}/\S+ cannot be read now: .*{os.strerror(number)}.*Try again"):
         resuming.resumable(root, Agreement())
+
+
+def test_a_lack_of_memory_is_no_damage(root):
+    """With room for no more than this process has, the files cannot be mapped."""
+    limits, used = resource.getrlimit(resource.RLIMIT_AS), psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 12), limits[1]))
+    try:
+        with pytest.raises(PassingError, match=r"cannot be read now: .*memory"):
+            resuming.resumable(root, Agreement())
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_sector_that_cannot_be_read_is_damage(root, monkeypatch):
+    def broken(path):
+        if NEW in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return read_back(path)
+
+    monkeypatch.setattr(checkpoints, "read_back", broken)
+    assert resuming.resumable(root, Agreement()).checkpoint.folder.name == OLD
 
 
 @each("search", SEARCHES)
@@ -313,9 +338,14 @@ def test_all_ranks_start_again_if_one_cannot_read_now(root, search):
 
 
 @each("search", SEARCHES)
-def test_ranks_that_see_different_checkpoints_do_not_go_on(root, search):
-    with pytest.raises(UserError, match="ranks see different checkpoints"):
-        search(root, Hears(0, [[OLD]]))
+def test_ranks_that_see_different_checkpoints_wait_until_they_see_the_same(root, search, monkeypatch):
+    """A network file system shows a rank an old list for a while."""
+    slept = []
+    monkeypatch.setattr(resuming, "sleep", slept.append)
+    assert search(root, Hears(0, [[OLD], [OLD], SAME, None])).checkpoint.folder.name == NEW
+    assert slept == [1, 1]
+    with pytest.raises(PassingError, match=r"for 60 s ranks have seen different checkpoints in .*start the run again"):
+        search(root, Hears(0, [[OLD]] * 60))
 
 
 def test_one_put_aside_counts_as_none(root):
