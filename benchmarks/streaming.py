@@ -14,7 +14,6 @@ another order. A ratio is that of both in one round, each with the number of wor
 third column) has the most per CPU second. A contender that is not installed is left out. "limit" is simplejpeg alone on
 pictures in memory, in 1 and 2 processes. "first" is the seconds from the call that opens the shards to the first batch,
 imports done.
---memory 1000000: what our workers hold after so many samples.
 --profile: where the time of one of our processes goes.
 """
 
@@ -39,9 +38,6 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from streaming_contenders import CONTENDERS, SETS, Set, make, shard_data
-
-# This script's folder is the first that imports look in, where it has the name of MosaicML's package.
-sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
 
 WARM = 8  # batches before the clock starts
 WORKERS = (0, 1, 2)
@@ -127,23 +123,6 @@ def limit(s: Set, processes: int, seconds: float) -> dict[str, float]:
     return {"per_second": sum(counts) / wall, "per_cpu_second": sum(counts) / cpu}
 
 
-def memory(s: Set, folder: Path, count: int) -> list[dict[str, float]]:
-    """Resident megabytes of our workers after so many samples; own: without what they share with this process."""
-    batches, found = shard_data(s, folder, 2)(), []
-    steps = count // s.batch
-    for step, _ in enumerate(islice(batches, steps + 1)):
-        if step in {max(1, steps * k // 10) for k in range(11)}:
-            found.append({"samples": step * s.batch, **_memory_of_children()})
-    return found
-
-
-def _memory_of_children() -> dict[str, float]:
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    status = [dict(x.split(":", 1) for x in Path(f"/proc/{c}/status").read_text().splitlines()) for c in children]
-    names = {"resident": "VmRSS", "own": "RssAnon", "shared": "RssShmem"}
-    return {name: max(int(st[key].split()[0]) for st in status) / 1024 for name, key in names.items()}
-
-
 def alone(**call: Any) -> Any:
     """A call of this script in a process of its own; None if a library is missing."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -163,8 +142,6 @@ def called(what: str, set_name: str, folder: str = "", **rest: Any) -> Any:
         return make(s, Path(folder))
     if what == "limit":
         return limit(s, **rest)
-    if what == "memory":
-        return memory(s, Path(folder), **rest)
     return measure(rest.pop("name"), s, Path(folder), **rest)
 
 
@@ -257,10 +234,6 @@ def main(arguments: Sequence[str]) -> int:
             if options.profile:
                 profile(s, folder)
                 continue
-            if options.memory:
-                report[s.name] = alone(what="memory", set_name=s.name, folder=str(folder), count=options.memory)
-                print(json.dumps(report[s.name], indent=2))
-                continue
             before = os.getloadavg()[0]
             results = rounds(s, folder, options.rounds, options.seconds)
             report[s.name] = {f"{name}, {workers}": runs for (name, workers), runs in results.items()}
@@ -276,7 +249,6 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a run, at most")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(SETS), help=", ".join(SETS))
-    parser.add_argument("--memory", type=int, default=0, help="samples")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, help="file for all numbers, as JSON")
     parser.add_argument("--call", help=argparse.SUPPRESS)

@@ -21,6 +21,9 @@ from diffusion_trainer.streaming.npy import npy
 from diffusion_trainer.streaming.pipeline import WebDatasetPipeline
 from diffusion_trainer.streaming.writer import write_shards
 
+# A script's folder is the first that imports look in, where streaming.py has the name of MosaicML's package.
+sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
+
 DISTINCT = 512  # contents; a set repeats them
 CHUNK = 64 << 20  # bytes of the others' shards
 LANES = 8

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,19 +19,30 @@ pytestmark = pytest.mark.slow  # it starts the workers of every contender
 FOLDER = ROOT / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def script():
-    """benchmarks/streaming.py, which is no package."""
+def sibling(name: str):
+    """A script of benchmarks/, which is no package."""
     path = list(sys.path)
     sys.path.insert(0, str(FOLDER))
     try:
-        spec = importlib.util.spec_from_file_location("streaming_benchmark", FOLDER / "streaming.py")
+        spec = importlib.util.spec_from_file_location(f"{name}_benchmark", FOLDER / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        assert str(FOLDER) not in sys.path  # there, MosaicML's package would be this script
     finally:
         sys.path = path
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return sibling("streaming")
+
+
+def test_the_libraries_are_not_the_scripts():
+    """MosaicML's package has the name of one of them."""
+    code = "import streaming_contenders, sys; print(any(p.endswith('benchmarks') for p in sys.path))"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{FOLDER}:{ROOT}"},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout == "False\n"
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,17 @@ def test_contenders_give_whole_batches_of_the_samples(script, small, name, kind,
     found = contents(s, [first, *islice(batches, 10)])
     assert len(found) > 6
     assert found <= expected
+
+
+@pytest.mark.parametrize("where", ["here", "remote"])
+def test_memory_is_that_of_the_workers_and_of_this_process(script, small, where):
+    memory = sibling("streaming_memory")
+    s, folder, _ = small["latents"]
+    shards = sorted((folder / "tar").glob("*.tar"))
+    with memory.served(shards) if where == "remote" else memory.local(shards) as (urls, store):
+        rows = list(memory.rows(s, urls, store, 200))
+    assert [row[0] for row in rows] == [20 * k for k in range(1, 11)]
+    assert all(1 < own < 4096 for _, *values in rows for own in values[:2])
 
 
 @pytest.mark.parametrize("name", ["MosaicML Streaming", "LitData", "LitData, batch_decode=256"])
