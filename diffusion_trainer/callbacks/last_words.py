@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffusion_trainer.callbacks.redaction import redacted
 
+STATE_BYTES = 1024  # of the file, which never is shorter than before
 FRAMES = 12  # of a stack, the last ones
 HANG = "hung: no progress for"  # how the last words of a rank begin that has waited too long
 SUSPENDED = "suspended, or its Python was, for"  # and what they go on with if it could not move
@@ -69,6 +70,15 @@ class State:
 
     def json(self) -> str:
         return json.dumps(asdict(self))
+
+
+def write_state(files: RankFiles, state: State) -> None:
+    """Over the one before, at once: whoever is killed meanwhile, or reads, has one of both."""
+    descriptor = os.open(files.state, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(descriptor, state.json().ljust(STATE_BYTES).encode(), 0)
+    finally:
+        os.close(descriptor)
 
 
 def state_of(files: RankFiles) -> State | None:

@@ -16,7 +16,7 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from diffusion_trainer.callbacks.last_words import HANG, SUSPENDED, RankFiles, State, write_failure
+from diffusion_trainer.callbacks.last_words import HANG, SUSPENDED, RankFiles, State, write_failure, write_state
 
 HUNG = 76  # exit code: nothing moved for as long as the time-out allows; to be started again
 LOOK_SECONDS = 1.0  # between two looks
@@ -186,7 +186,7 @@ class Watchdog:
             return
         self._written = self._last
         try:
-            self.files.state.write_text(self.state().json())
+            write_state(self.files, self.state())
         except OSError as error:
             if not self._told_unwritten:
                 self._say(f"{self.files.state} cannot be written: {error}")

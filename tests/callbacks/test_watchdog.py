@@ -1,8 +1,10 @@
 """A process that makes no progress ends by itself, whatever holds it; one that does is left alone."""
 
+import itertools
 import json
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import psutil
 import pytest
 from watched import ended, started
 
-from diffusion_trainer.callbacks.last_words import HANG, SUSPENDED, RankFiles, State, state_of
+from diffusion_trainer.callbacks.last_words import HANG, SUSPENDED, RankFiles, State, state_of, write_state
 from diffusion_trainer.callbacks.watchdog import HUNG, Watchdog
 
 pytestmark = pytest.mark.slow
@@ -119,6 +121,27 @@ def test_a_state_that_cannot_be_written_is_told_once_and_the_watch_goes_on(tmp_p
     dog.beat("a training step", 60)
     dog._tell_state()
     assert state_of(files).doing == "a training step"
+
+
+def test_a_state_is_written_over_the_one_before_at_once(tmp_path):
+    """Whoever reads meanwhile sees one of both; so does who reads after its process was killed."""
+    files, ended = RankFiles(tmp_path, 0), threading.Event()
+    states = [State(0, 1, "here", 1, "a step" * (1 + i % 9), 10**i, 16 * 10**i, 0.0) for i in range(12)]
+
+    def write():
+        for state in itertools.cycle(states):
+            write_state(files, state)
+            if ended.is_set():
+                return
+
+    write_state(files, states[0])
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert all(state_of(files) in states for _ in range(3000))
+    finally:
+        ended.set()
+        writer.join()
 
 
 def test_half_a_state_is_none(tmp_path):
