@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Of tests/: whole tables of ways to run and to die, some minutes each; and what measures time, or has the one cluster.
-# Continuous integration runs a half of the tables, in turns, and the first, which has each pair of options, always.
+# Continuous integration runs a quarter of the tables, in turns, and the first, which has each pair of options, always.
 PAIRS := tests/training/test_option_pairs.py
-PART_0 := tests/apps/test_damaged_checkpoint_runs.py tests/apps/test_killed_runs.py tests/apps/test_ledger.py \
-  tests/apps/test_wandb_sync.py tests/training/test_precision_runs.py tests/training/test_strategies.py \
+PART_0 := tests/apps/test_killed_runs.py tests/apps/test_ledger.py tests/training/test_precision_runs.py \
   tests/training/test_two_heads.py
-PART_1 := tests/apps/test_cut_network.py tests/apps/test_hangs.py tests/apps/test_interrupted_runs.py \
-  tests/apps/test_sweep_runs.py tests/training/test_elastic_matrix.py tests/training/test_guarded_runs.py \
-  tests/training/test_one_trajectory.py tests/training/test_step_options.py
-MATRICES := $(PAIRS) $(PART_0) $(PART_1)
+PART_1 := tests/apps/test_cut_network.py tests/apps/test_interrupted_runs.py tests/apps/test_sweep_runs.py \
+  tests/training/test_one_trajectory.py
+PART_2 := tests/apps/test_damaged_checkpoint_runs.py tests/apps/test_wandb_sync.py tests/training/test_strategies.py
+PART_3 := tests/apps/test_hangs.py tests/training/test_elastic_matrix.py tests/training/test_guarded_runs.py \
+  tests/training/test_step_options.py
+MATRICES := $(PAIRS) $(PART_0) $(PART_1) $(PART_2) $(PART_3)
 SERIAL := tests/slurm tests/benchmarks
 PYTEST := $(BIN)/python -m pytest -q
 
@@ -48,7 +49,7 @@ test: $(READY) lint  ## what to run before pushing: the fast tests, and most tha
 matrices: $(READY)  ## the tests of every way to run, to stop and to resume (over half an hour)
 	@$(PYTEST) -n logical --dist loadfile -m slow $(MATRICES)
 
-part: $(READY)  ## of matrices: PART=0 or 1
+part: $(READY)  ## of matrices: PART=0 to 3
 	@$(PYTEST) -n logical --dist loadfile -m slow $(PAIRS) $(PART_$(PART))
 
 slurm: $(READY)  ## the tests that start a SLURM on this machine, and those that measure, one by one
